@@ -1,0 +1,1 @@
+"""Engines: a source, a sink and glue each. Only `engines/X.py` imports engine X."""

@@ -1,0 +1,57 @@
+"""Every exception kvkeep raises, in one tree.
+
+::
+
+    KVKeepError
+    ├── ConfigError          a wrong option; the message names the right one
+    ├── LayoutError          tokens, arrays or bytes that do not fit the layout
+    ├── FrameError           stored bytes that are not the block asked for; .cause says how
+    ├── CodecError           a payload that its codec cannot have written, or an unknown codec
+    └── StoreError           a medium that failed
+        ├── StoreFullError   no room now: evict, then try again
+        └── ValueTooLargeError  will never fit this medium
+
+A cache turns every one of these, except ConfigError and LayoutError, into a miss and a counter: they reach the
+caller of a *store* or a *codec*, never the caller of a cache.
+"""
+
+from __future__ import annotations
+
+
+class KVKeepError(Exception):
+    """Base of all."""
+
+
+class ConfigError(KVKeepError, ValueError):
+    """A wrong option. The message names the right one."""
+
+
+class LayoutError(KVKeepError, ValueError):
+    """Tokens, arrays or bytes do not fit the layout they were given for."""
+
+
+class FrameError(KVKeepError):
+    """Stored bytes are not the block that was asked for.
+
+    ``cause`` is one of the words in :data:`kvkeep.frame.CAUSES`, made for counters.
+    """
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+class CodecError(KVKeepError):
+    """A payload that the codec cannot have written, or a codec nobody knows."""
+
+
+class StoreError(KVKeepError):
+    """The medium failed: an I/O error, a dead server, a permission lost."""
+
+
+class StoreFullError(StoreError):
+    """There is no room for this value now. The owner evicts and tries again."""
+
+
+class ValueTooLargeError(StoreError):
+    """This value will never fit this medium."""

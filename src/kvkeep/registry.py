@@ -1,0 +1,52 @@
+"""Names to classes, imported only when the name is asked for.
+
+Third parties add to these by entry points in the groups ``kvkeep.codecs``, ``kvkeep.policies`` and ``kvkeep.stores``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from kvkeep.errors import ConfigError
+
+BUILTIN: dict[str, dict[str, str]] = {
+    "codecs": {
+        "raw": "kvkeep.codecs.raw:Raw",
+    },
+    "policies": {
+        "lru": "kvkeep.policies.lru:LRU",
+    },
+    "stores": {
+        "memory": "kvkeep.stores.memory:MemoryStore",
+        "disk": "kvkeep.stores.disk:DiskStore",
+    },
+}
+
+
+def names(kind: str) -> list[str]:
+    """Every name of ``kind`` (a key of :data:`BUILTIN`), entry points included."""
+    return sorted({*BUILTIN[kind], *(point.name for point in entry_points(group=f"kvkeep.{kind}"))})
+
+
+def lookup(kind: str, name: str) -> Any:
+    """The class called ``name``. Raises :class:`ConfigError` with the nearest name if there is none.
+
+    A plugin that fails to import raises its own error: it is never skipped.
+    """
+    target = BUILTIN[kind].get(name)
+    if target is not None:
+        module, _, attribute = target.partition(":")
+        return getattr(import_module(module), attribute)
+    for point in entry_points(group=f"kvkeep.{kind}"):
+        if point.name == name:
+            return point.load()
+    raise ConfigError(f"no {kind.removesuffix('s')} is called {name!r}; {nearest(name, names(kind))}")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """``did you mean …`` for a message about a wrong name."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

@@ -1,0 +1,1 @@
+"""Conformance suites for stores, policies, codecs and engines, shipped for third parties."""
