@@ -15,9 +15,13 @@ from kvkeep.errors import ConfigError
 BUILTIN: dict[str, dict[str, str]] = {
     "codecs": {
         "raw": "kvkeep.codecs.raw:Raw",
+        "lossless": "kvkeep.codecs.lossless:Lossless",
     },
     "policies": {
         "lru": "kvkeep.policies.lru:LRU",
+        "fifo": "kvkeep.policies.fifo:FIFO",
+        "lfu": "kvkeep.policies.lfu:LFU",
+        "sieve": "kvkeep.policies.sieve:SIEVE",
     },
     "stores": {
         "memory": "kvkeep.stores.memory:MemoryStore",
