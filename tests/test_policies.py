@@ -1,0 +1,135 @@
+"""The shipped policies pass the shipped suite; each also decides as its paper says."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvkeep.keys import BlockKey
+from kvkeep.policies.base import Access, EvictionPolicy
+from kvkeep.policies.fifo import FIFO
+from kvkeep.policies.lfu import LFU
+from kvkeep.policies.lru import LRU
+from kvkeep.policies.sieve import SIEVE
+from kvkeep.testing.policies import PolicySuite, Replay, key
+
+
+class TestLRU(PolicySuite):
+    def make(self, capacity: int) -> EvictionPolicy:
+        return LRU(capacity)
+
+
+class TestFIFO(PolicySuite):
+    def make(self, capacity: int) -> EvictionPolicy:
+        return FIFO(capacity)
+
+
+class TestLFU(PolicySuite):
+    def make(self, capacity: int) -> EvictionPolicy:
+        return LFU(capacity)
+
+
+class TestSIEVE(PolicySuite):
+    def make(self, capacity: int) -> EvictionPolicy:
+        return SIEVE(capacity)
+
+
+STREAMS = st.lists(st.integers(0, 9), max_size=80)
+
+
+class Plain:
+    """Each paper's rule, written the slow and obvious way."""
+
+    def __init__(self, name: str, capacity: int) -> None:
+        self.name, self.capacity = name, capacity
+        self.arrived: list[int] = []  # oldest first
+        self.used: list[int] = []  # least recently used first
+        self.counts: Counter[int] = Counter()
+        self.marked: dict[int, bool] = {}
+        self.hand: int | None = None  # SIEVE: the block at which the next search starts
+        self.evicted: list[int] = []
+
+    def request(self, block: int) -> None:
+        if block in self.marked:
+            self.marked[block] = True
+        else:
+            if len(self.marked) >= self.capacity:
+                self.evict(getattr(self, self.name)())
+            self.arrived.append(block)
+            self.marked[block] = False
+        self.counts[block] += 1
+        if block in self.used:
+            self.used.remove(block)
+        self.used.append(block)
+
+    def evict(self, victim: int) -> None:
+        self.evicted.append(victim)
+        self.arrived.remove(victim)
+        self.used.remove(victim)
+        del self.marked[victim], self.counts[victim]
+
+    def fifo(self) -> int:
+        return self.arrived[0]
+
+    def lru(self) -> int:
+        return self.used[0]
+
+    def lfu(self) -> int:
+        return min(self.used, key=lambda block: self.counts[block])  # the first of equals: least recently used
+
+    def sieve(self) -> int:
+        at = 0 if self.hand is None else self.arrived.index(self.hand)
+        while self.marked[self.arrived[at]]:
+            self.marked[self.arrived[at]] = False
+            at = (at + 1) % len(self.arrived)
+        victim = self.arrived[at]
+        self.hand = self.arrived[at + 1] if at + 1 < len(self.arrived) else None
+        return victim
+
+
+@pytest.mark.parametrize("policy", [FIFO, LRU, LFU, SIEVE])
+@given(stream=STREAMS, capacity=st.integers(1, 6))
+def test_decides_as_the_paper_says(policy: type[EvictionPolicy], stream: list[int], capacity: int) -> None:
+    plain = Plain(policy.name, capacity)
+    for number in stream:
+        plain.request(number)
+    assert Replay(policy(capacity)).run(key(number) for number in stream) == [key(n) for n in plain.evicted]
+
+
+def filled(policy: EvictionPolicy, count: int) -> EvictionPolicy:
+    for number in range(count):
+        policy.insert(key(number), 1, Access(0.0))
+    return policy
+
+
+def drain(policy: EvictionPolicy) -> list[BlockKey]:
+    order = []
+    while (victim := policy.victim(lambda _: True)) is not None:
+        policy.remove(victim, evicted=True)
+        order.append(victim)
+    return order
+
+
+@pytest.mark.parametrize("policy", [FIFO, LRU, LFU])
+def test_a_pinned_block_keeps_its_place(policy: type[EvictionPolicy]) -> None:
+    asked = filled(policy(5), 5)
+    assert asked.victim(lambda block: block != key(0)) == key(1)
+    assert drain(asked) == [key(number) for number in range(5)]
+
+
+def test_sieve_keeps_the_mark_of_a_pinned_block() -> None:
+    sieve = filled(SIEVE(3), 3)
+    sieve.touch(key(0), Access(1.0))
+    assert sieve.victim(lambda block: block != key(0)) == key(1)
+    sieve.remove(key(1), evicted=True)
+    assert drain(sieve) == [key(2), key(0)]
+
+
+def test_sieve_asked_in_vain_forgets_nothing() -> None:
+    sieve = filled(SIEVE(3), 3)
+    sieve.touch(key(0), Access(1.0))
+    assert sieve.victim(lambda _: False) is None
+    assert drain(sieve) == [key(1), key(2), key(0)]

@@ -1,0 +1,116 @@
+"""The shipped stores pass the shipped suites; the suites' own fault store breaks as told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from kvkeep.buffers import Buffer
+from kvkeep.errors import StoreError, StoreFullError
+from kvkeep.keys import BlockKey
+from kvkeep.stores.base import Store
+from kvkeep.stores.memory import MemoryStore
+from kvkeep.testing.faults import FaultyStore
+from kvkeep.testing.stores import BoundedStoreSuite, StoreSuite, key, read, value
+
+
+class DictStore(Store):
+    """The five methods that must be written, so that the defaults of the others are tested too."""
+
+    def __init__(self) -> None:
+        self.values: dict[BlockKey, bytes] | None = {}
+
+    def put(self, key: BlockKey, parts: Sequence[Buffer]) -> None:
+        self.open.setdefault(key, b"".join(parts))
+
+    def get(self, key: BlockKey) -> Buffer | None:
+        return self.open.get(key)
+
+    def contains(self, key: BlockKey) -> bool:
+        return key in self.open
+
+    def delete(self, key: BlockKey) -> bool:
+        return self.open.pop(key, None) is not None
+
+    def items(self) -> Iterator[tuple[BlockKey, int]]:
+        return iter([(key, len(data)) for key, data in list(self.open.items())])
+
+    def close(self) -> None:
+        self.values = None
+
+    @property
+    def open(self) -> dict[BlockKey, bytes]:
+        if self.values is None:
+            raise StoreError("closed")
+        return self.values
+
+
+class TestDefaults(StoreSuite):
+    def make(self, path: Path, capacity: int | None) -> Store:
+        return DictStore()
+
+
+class TestMemory(BoundedStoreSuite):
+    capacity = 256 << 10
+
+    def make(self, path: Path, capacity: int | None) -> Store:
+        assert capacity is not None
+        return MemoryStore(capacity)
+
+
+class TestFaultyButWell(StoreSuite):
+    def make(self, path: Path, capacity: int | None) -> Store:
+        return FaultyStore(DictStore())
+
+
+@pytest.fixture
+def faulty() -> FaultyStore:
+    store = FaultyStore(DictStore(), hang_seconds=0.05)
+    for number in (1, 2):
+        store.put(key(number), [value(number)])
+    return store
+
+
+def test_a_view_of_deleted_memory_stays(tmp_path: Path) -> None:
+    store = MemoryStore(16 << 10)
+    store.put(key(1), [value(1)])
+    with store.read([key(1)]) as (view,):
+        store.delete(key(1))
+        assert store.put_many([(key(number), [value(number)]) for number in range(2, 9)]) == 3
+        assert view == value(1)
+        assert not store.contains(key(1))
+        with pytest.raises(StoreFullError):
+            store.put(key(9), [value(9)])
+    store.put(key(9), [value(9)])  # the reader is done: its place is free
+
+
+def test_faults(faulty: FaultyStore) -> None:
+    faulty.fail("truncate")
+    assert read(faulty, key(1)) == value(1)[:2048]
+    faulty.fail("flip")
+    found = read(faulty, key(1))
+    assert found is not None
+    assert sum((a ^ b).bit_count() for a, b in zip(found, value(1), strict=True)) == 1
+    faulty.fail("swap")
+    assert read(faulty, key(1)) == value(2)
+    faulty.fail("lose")
+    assert faulty.contains(key(1))
+    assert faulty.get(key(1)) is None
+    faulty.fail("error", times=2)
+    for _ in range(2):
+        with pytest.raises(StoreError):
+            faulty.contains(key(1))
+    assert faulty.contains(key(1))
+    faulty.fail("full")
+    with pytest.raises(StoreFullError):
+        faulty.put(key(3), [b"x"])
+    assert faulty.put_many([(key(4), [b"x"])]) == 0
+    faulty.fail("hang")
+    assert read(faulty, key(1)) == value(1)
+    faulty.heal()
+    with faulty.read([key(1), key(2)]) as views:
+        assert views == [value(1), value(2)]
+    with pytest.raises(ValueError, match="flip"):
+        faulty.fail("explode")  # type: ignore[arg-type]
