@@ -72,8 +72,9 @@ class KeyChain:
         width = 4 * self._block_tokens
         start = len(self.keys) * self._block_tokens
         full = len(data) // width
-        self.num_tokens += (len(data) - len(self._rest)) // 4
-        extras = self._sorted_extras(extra, start)
+        num_tokens = self.num_tokens + (len(data) - len(self._rest)) // 4
+        extras = self._sorted_extras(extra, start, num_tokens)
+        self.num_tokens = num_tokens  # only now: what is refused changes nothing
         tip, sha256 = self._tip, hashlib.sha256
         new: list[BlockKey] = []
         if extras:
@@ -98,8 +99,8 @@ class KeyChain:
         self.keys += new
         return new
 
-    def _sorted_extras(self, extra: Iterable[Extra], start: int) -> list[Extra]:
+    def _sorted_extras(self, extra: Iterable[Extra], start: int, end: int) -> list[Extra]:
         extras = sorted([*self._rest_extra, *extra])
-        if extras and (extras[0][0] < start or extras[-1][0] >= self.num_tokens):
-            raise LayoutError(f"an extra's position lies outside tokens {start} … {self.num_tokens - 1}")
+        if extras and (extras[0][0] < start or extras[-1][0] >= end):
+            raise LayoutError(f"an extra's position lies outside tokens {start} … {end - 1}")
         return extras
