@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvkeep.buffers import Buffer
+from kvkeep.buffers import Buffer, as_bytes
 from kvkeep.errors import LayoutError
 from kvkeep.identity import ModelIdentity, derive
 
@@ -128,9 +128,10 @@ class KVLayout:
     def arrays(self, payload: Buffer) -> list[Array]:
         """Views of a block, one a group: ``[layers, 2, heads, tokens, dim]`` where keys and values are alike,
         else flat ``[layers, heads × tokens × (k_dim + v_dim)]``. Raises :class:`LayoutError` on a wrong size."""
-        flat = np.frombuffer(payload, dtype=self.np_dtype)
-        if flat.nbytes != self.block_nbytes:
-            raise LayoutError(f"a block of this layout has {self.block_nbytes} bytes, not {flat.nbytes}")
+        data = as_bytes(payload)
+        if len(data) != self.block_nbytes:
+            raise LayoutError(f"a block of this layout has {self.block_nbytes} bytes, not {len(data)}")
+        flat = np.frombuffer(data, dtype=self.np_dtype)
         views: list[Array] = []
         start = 0
         for group in self.groups:
