@@ -29,6 +29,8 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
 }
 
+_SINGULAR = {"codecs": "codec", "policies": "policy", "stores": "store"}
+
 
 def names(kind: str) -> list[str]:
     """Every name of ``kind`` (a key of :data:`BUILTIN`), entry points included."""
@@ -47,10 +49,10 @@ def lookup(kind: str, name: str) -> Any:
     for point in entry_points(group=f"kvkeep.{kind}"):
         if point.name == name:
             return point.load()
-    raise ConfigError(f"no {kind.removesuffix('s')} is called {name!r}; {nearest(name, names(kind))}")
+    raise ConfigError(f"no {_SINGULAR[kind]} is called {name!r}; {nearest(name, names(kind))}")
 
 
 def nearest(name: str, known: list[str]) -> str:
     """``did you mean …`` for a message about a wrong name."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
