@@ -186,7 +186,7 @@ class PolicySuite:
 
     def test_against_a_model(self) -> None:
         run_state_machine_as_test(
-            lambda: _PolicyMachine(self.make(8)),  # type: ignore[arg-type]  # typed as a class, documented as a factory
+            lambda: PolicyMachine(self.make(8)),  # type: ignore[arg-type]  # typed as a class, documented as a factory
             settings=settings(max_examples=60, stateful_step_count=40, derandomize=True, deadline=None, database=None),
         )
 
@@ -194,7 +194,7 @@ class PolicySuite:
 _numbers = st.integers(0, 12)
 
 
-class _PolicyMachine(RuleBasedStateMachine):
+class PolicyMachine(RuleBasedStateMachine):
     """Any order of the owner's calls; the model is a dict of what is resident."""
 
     def __init__(self, policy: EvictionPolicy) -> None:

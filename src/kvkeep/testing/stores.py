@@ -267,12 +267,17 @@ class StoreSuite:
         def machine() -> RuleBasedStateMachine:
             folder = tmp_path / str(next(folders))
             folder.mkdir()
-            return _StoreMachine(self.make(folder, self.capacity), self.keeps)
+            return StoreMachine(self.make(folder, self.capacity), self.keeps)
 
         run_state_machine_as_test(
             machine,  # type: ignore[arg-type]  # typed as a class, documented as a factory
             settings=settings(
-                max_examples=self.examples, stateful_step_count=30, derandomize=True, deadline=None, database=None
+                max_examples=self.examples,
+                stateful_step_count=30,
+                derandomize=True,
+                deadline=None,
+                database=None,
+                report_multiple_bugs=False,
             ),
         )
 
@@ -441,17 +446,21 @@ class _Owner:
             self.keys.pop(block, None)
 
 
-_numbers = st.integers(0, 9)
-_sizes = st.integers(1, 9000)
+LARGEST = 9000
+"""Bytes of the machine's largest value, before it is scaled to the store's capacity."""
+
+_numbers = st.integers(0, 19)
+_sizes = st.integers(1, LARGEST) | st.sampled_from([LARGEST // 2, LARGEST])
 
 
-class _StoreMachine(RuleBasedStateMachine):
+class StoreMachine(RuleBasedStateMachine):
     """Any sequence of calls, compared with a dict."""
 
     def __init__(self, store: Store, keeps: bool) -> None:
         super().__init__()
         self.store = store
         self.keeps = keeps
+        self.scale = max(1, (store.capacity or 0) // (4 * LARGEST))  # a few keys fill a bounded store
         self.model: dict[BlockKey, bytes] = {}
 
     def agree(self, block: BlockKey, found: bytes | None) -> None:
@@ -461,6 +470,7 @@ class _StoreMachine(RuleBasedStateMachine):
 
     @rule(number=_numbers, variant=st.integers(0, 2), nbytes=_sizes, cut=st.floats(0, 1))
     def put(self, number: int, variant: int, nbytes: int, cut: float) -> None:
+        nbytes *= self.scale
         data = value(10 * number + variant, nbytes)
         at = int(cut * nbytes)
         if not self.keeps:
@@ -473,9 +483,9 @@ class _StoreMachine(RuleBasedStateMachine):
             return
         self.model.setdefault(key(number), data)
 
-    @rule(numbers=st.lists(_numbers, min_size=1, max_size=5), nbytes=_sizes)
+    @rule(numbers=st.lists(_numbers, min_size=1, max_size=8), nbytes=_sizes)
     def put_many(self, numbers: list[int], nbytes: int) -> None:
-        items = [(key(number), [value(10 * number, nbytes)]) for number in numbers]
+        items = [(key(number), [value(10 * number, nbytes * self.scale)]) for number in numbers]
         if not self.keeps:
             for block, _ in items:
                 self.agree(block, read(self.store, block))
@@ -490,6 +500,7 @@ class _StoreMachine(RuleBasedStateMachine):
 
     @rule(number=_numbers, room=_sizes)
     def get_into(self, number: int, room: int) -> None:
+        room *= self.scale
         out = bytearray(room)
         expected = self.model.get(key(number))
         if expected is not None and len(expected) > room and self.keeps:
