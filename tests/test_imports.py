@@ -108,7 +108,9 @@ MODULES = [module for module in modules() if module]
 def test_imports_point_down(module: str) -> None:
     top = module.split(".")[0]
     for used in inner(module):
-        assert used, f"{module} imports the package itself, which imports everything"
+        if not used:  # the package itself, which imports everything
+            assert top in ("cli", "testing"), f"{module} imports kvkeep, not the modules it needs"
+            continue
         other = used.split(".")[0]
         if other == top:
             continue
