@@ -1,0 +1,657 @@
+"""Disk: slabs, which are preallocated files with an index log beside each.
+
+One directory serves any number of processes without a daemon. A slab has one writer at a time (``flock`` on its data
+file) and any number of readers, who tail its log. A process that needs room makes a new slab while the budget allows,
+else adopts one that nobody holds, else evicts from its own. The budget holds because files are only made under the
+directory's lock, after adding up what is there, whoever made it.
+
+Order of a write: data, then the log record. A reader that meets a slot which was overwritten meanwhile finds another
+frame in it, or a broken seal: frames are verified by the caller, so that is a miss. Nothing is fsynced: after a power
+cut a torn block is a miss as well.
+
+A log record has 64 bytes: op, page, bytes, stamp (seconds), key, xxh3-64 of all that. A log ends at its first record
+that does not check.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import stat
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import xxhash
+
+from kvkeep.buffers import PAGE, Buffer, BufferPool, as_bytes, nbytes_of, round_up
+from kvkeep.errors import ConfigError, StoreError, StoreFullError, ValueTooLargeError
+from kvkeep.keys import BlockKey
+from kvkeep.stores.base import Item, Owner, Store
+from kvkeep.stores.extents import Extents
+
+_RECORD = struct.Struct("<B3xII4xQ32s8s")
+RECORD_NBYTES = _RECORD.size
+_PUT, _DELETE, _HEAD = 1, 2, 3
+_HEAD_KEY = b"kvkeep slab log, version 1".ljust(32, b"\0")
+_NAME = re.compile(r"slab-(\d{6})\.data")
+_ZEROS = bytes(PAGE)
+_IOV_MAX = 512  # half of Linux's limit
+MIN_CAPACITY = 256 << 10
+
+Location = tuple["_Slab", int, int]
+"""Slab, first page, bytes."""
+
+
+class _Slab:
+    """One data file and its log, as this process sees them."""
+
+    def __init__(self, number: int, data_fd: int, nbytes: int, *, owned: bool) -> None:
+        self.number = number
+        self.data_fd = data_fd
+        self.nbytes = nbytes
+        self.owned = owned
+        self.log_fd = -1
+        self.log_at = 0  # bytes of the log that have been replayed
+        self.live: dict[BlockKey, tuple[int, int]] = {}  # key → page, bytes
+        self.room = Extents(0)
+        self.busy = 0  # reads and writes under way: its files stay open
+
+    def close(self) -> None:
+        for fd in (self.data_fd, self.log_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.data_fd = self.log_fd = -1
+
+
+class DiskStore(Store):
+    """A directory of slabs that never takes more than ``capacity`` bytes, logs included.
+
+    ``read_only``: look, never adopt, write or delete (for tools). ``clock`` stamps the log.
+    Files are made 0600, the directory 0700; links and anything that is no regular file are ignored.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        capacity: int,
+        slab_nbytes: int = 0,
+        read_only: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if capacity < MIN_CAPACITY and not read_only:
+            raise ConfigError(f"a disk store of {capacity} bytes: capacity is at least {MIN_CAPACITY}")
+        self.path = Path(path)
+        self.capacity = capacity
+        self._slab_nbytes = slab_nbytes or _default_slab_nbytes(capacity)
+        self._read_only = read_only
+        self._clock = clock
+        self._pool = BufferPool()
+        self._lock = threading.RLock()
+        self._slabs: dict[int, _Slab] = {}
+        self._own: dict[BlockKey, Location] = {}
+        self._foreign: dict[BlockKey, Location] = {}
+        self._owner: Owner | None = None
+        self._seen_mtime = -1
+        self._next_scan = 0.0
+        self._closed = False
+        try:
+            if not read_only:
+                self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._scan()
+            if not read_only:
+                self._shrink()
+                self._adopt_all()
+        except OSError as error:
+            raise StoreError(f"cannot open {self.path}: {error}") from error
+
+    # Questions
+
+    def contains(self, key: BlockKey) -> bool:
+        return self.contains_many([key])[0]
+
+    def contains_many(self, keys: Sequence[BlockKey]) -> list[bool]:
+        own, foreign = self._own, self._foreign
+        found = [key in own or key in foreign for key in keys]
+        if not all(found):
+            with self._lock:
+                self._check_open()
+                self._refresh()
+            found = [key in own or key in foreign for key in keys]
+        return found
+
+    def items(self) -> Iterator[tuple[BlockKey, int]]:
+        with self._lock:
+            self._check_open()
+            self._refresh()
+            merged = {key: at[2] for key, at in self._foreign.items()}
+            merged.update((key, at[2]) for key, at in self._own.items())
+            return iter(list(merged.items()))
+
+    def stamps(self) -> dict[BlockKey, float]:
+        """When each key was written, in seconds, from the logs."""
+        stamps: dict[BlockKey, float] = {}
+        with self._lock:
+            self._refresh()
+            for slab in self._slabs.values():
+                for op, _, _, stamp, key in _records(_read_all(slab.log_fd)):
+                    if op == _PUT and key in slab.live:
+                        stamps[key] = stamp / 1000
+        return stamps
+
+    @property
+    def nbytes_on_disk(self) -> int:
+        """Bytes that the directory's slabs may take, whoever made them: what the budget bounds."""
+        return sum(_footprint(size) for _, size in self._files())
+
+    # Reading
+
+    def get(self, key: BlockKey) -> Buffer | None:
+        with self.read([key]) as (value,):
+            return None if value is None else bytes(value)
+
+    @contextmanager
+    def read(self, keys: Sequence[BlockKey]) -> Iterator[list[memoryview | None]]:
+        with self._lock:
+            self._check_open()
+            places = [self._own.get(key) or self._foreign.get(key) for key in keys]
+            if None in places:
+                self._refresh()
+                places = [self._own.get(key) or self._foreign.get(key) for key in keys]
+            for place in places:
+                if place is not None:
+                    place[0].busy += 1
+        try:
+            total = sum(round_up(place[2]) for place in places if place is not None)
+            with self._pool.borrow(total) as buffer:
+                yield _read_places(places, buffer)
+        except OSError as error:
+            raise StoreError(f"reading {self.path}: {error}") from error
+        finally:
+            with self._lock:
+                for place in places:
+                    if place is not None:
+                        self._done(place[0])
+
+    def prefetch(self, keys: Sequence[BlockKey]) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            runs: list[list[int]] = []
+            for place in (self._own.get(key) or self._foreign.get(key) for key in keys):
+                if place is None:
+                    continue
+                slab, page, nbytes = place
+                start, length = page * PAGE, round_up(nbytes)
+                if runs and runs[-1][0] == slab.data_fd and runs[-1][1] + runs[-1][2] == start:
+                    runs[-1][2] += length
+                else:
+                    runs.append([slab.data_fd, start, length])
+            for fd, start, length in runs:
+                with suppress(OSError):  # only a hint
+                    os.posix_fadvise(fd, start, length, os.POSIX_FADV_WILLNEED)
+
+    # Writing
+
+    def put(self, key: BlockKey, parts: Sequence[Buffer]) -> None:
+        if self.put_many([(key, parts)]) == 0:
+            raise StoreFullError(f"no room in {self.path}")
+
+    def put_many(self, items: Sequence[Item]) -> int:
+        if self._read_only:
+            raise StoreError(f"{self.path} was opened for reading only")
+        done = 0
+        while done < len(items):
+            placed = self._place(items[done:])
+            if not placed:
+                return done
+            done += self._write(placed, items[done:])
+        return done
+
+    def delete(self, key: BlockKey) -> bool:
+        with self._lock:
+            self._check_open()
+            place = self._own.pop(key, None)
+            if place is None:
+                self._foreign.pop(key, None)  # not ours to delete, but not worth another read
+                return False
+            slab, page, nbytes = place
+            slab.live.pop(key, None)
+            try:
+                self._log(slab, [(_DELETE, page, nbytes, key)])
+            except OSError as error:
+                # The room is not given back: a log that still names the key must not point at another's bytes.
+                raise StoreError(f"deleting from {self.path}: {error}") from error
+            slab.room.free(page, round_up(nbytes) // PAGE)
+            return True
+
+    def attach(self, owner: Owner) -> None:
+        with self._lock:
+            self._owner = owner
+            owner.gained([(key, place[2]) for key, place in self._own.items()])
+
+    def maintain(self) -> None:
+        """Hand half of the slabs over when another process has asked for some."""
+        want = self.path / "want"
+        if self._read_only or self._closed or not want.exists():
+            return
+        with self._lock, suppress(OSError):
+            mine = [slab for slab in self._slabs.values() if slab.owned and not slab.busy]
+            for slab in mine[: len(mine) // 2]:
+                self._release(slab)
+            if len(mine) >= 2:
+                want.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            for slab in self._slabs.values():
+                if not slab.busy:
+                    slab.close()
+            self._own.clear()
+            self._foreign.clear()
+
+    # Placing and writing
+
+    def _place(self, items: Sequence[Item]) -> list[Location]:
+        """Where the first of ``items`` go: side by side as many as fit, at least one, or none if there is no room."""
+        sizes = [nbytes_of(list(parts)) for _, parts in items[: _IOV_MAX // 4]]
+        pages = [max(1, round_up(size) // PAGE) for size in sizes]
+        with self._lock:
+            self._check_open()
+            largest = max([self._slab_nbytes, *(slab.nbytes for slab in self._slabs.values() if slab.owned)])
+            if sizes[0] > largest:
+                raise ValueTooLargeError(f"{sizes[0]} bytes do not fit into a slab of {largest}")
+            count = len(sizes)
+            while True:
+                while count:
+                    wanted = sum(pages[:count])
+                    for slab in self._slabs.values():
+                        if slab.owned and (at := slab.room.allocate(wanted)) is not None:
+                            places: list[Location] = []
+                            for size, units in zip(sizes[:count], pages[:count], strict=True):
+                                places.append((slab, at, size))
+                                at += units
+                            slab.busy += 1
+                            return places
+                    if count == len(sizes) and self._grow():
+                        continue
+                    count //= 2
+                return []
+
+    def _write(self, places: list[Location], items: Sequence[Item]) -> int:
+        slab, first, _ = places[0]
+        views: list[memoryview] = []
+        for (_, parts), (_, _, nbytes) in zip(items, places, strict=False):
+            views += [as_bytes(part) for part in parts]
+            if nbytes % PAGE:
+                views.append(memoryview(_ZEROS)[: PAGE - nbytes % PAGE])
+        try:
+            _pwrite_all(slab.data_fd, [view for view in views if len(view)], first * PAGE)
+            with self._lock:
+                fresh = [(key, place) for (key, _), place in zip(items, places, strict=False) if key not in self._own]
+                fresh = list(dict(reversed(fresh)).items())[::-1]
+                kept = {place[1] for _, place in fresh}
+                self._log(slab, [(_PUT, place[1], place[2], key) for key, place in fresh])
+                for key, place in fresh:
+                    self._own[key] = place
+                    slab.live[key] = place[1:]
+                for _, page, nbytes in places:
+                    if page not in kept:
+                        slab.room.free(page, max(1, round_up(nbytes) // PAGE))
+        except OSError as error:
+            with self._lock:
+                for _, page, nbytes in places:
+                    slab.room.free(page, max(1, round_up(nbytes) // PAGE))
+            raise StoreError(f"writing {self.path}: {error}") from error
+        finally:
+            with self._lock:
+                self._done(slab)
+        return len(places)
+
+    def _log(self, slab: _Slab, records: list[tuple[int, int, int, BlockKey]]) -> None:
+        if not records:
+            return
+        if slab.log_at > RECORD_NBYTES * (2 * len(slab.live) + len(records) + 256):
+            self._rewrite_log(slab)
+        stamp = int(self._clock() * 1000)
+        data = b"".join(_pack(op, page, nbytes, stamp, key) for op, page, nbytes, key in records)
+        written = os.pwrite(slab.log_fd, data, slab.log_at)
+        if written != len(data):
+            raise OSError(f"{written} of {len(data)} bytes of the log were written")
+        slab.log_at += written
+
+    def _rewrite_log(self, slab: _Slab) -> None:
+        """The same content without its history, in a new file that replaces the old one at once."""
+        stamps = {key: stamp for op, _, _, stamp, key in _records(_read_all(slab.log_fd)) if op == _PUT}
+        now = int(self._clock() * 1000)
+        lines = [_pack(_HEAD, 0, 0, now, BlockKey(_HEAD_KEY))]
+        lines += [_pack(_PUT, page, n, stamps.get(key, now), key) for key, (page, n) in slab.live.items()]
+        data = b"".join(lines)
+        path = self._log_path(slab.number)
+        temporary = path.with_suffix(".new")
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            if os.pwrite(fd, data, 0) != len(data):
+                raise OSError("the log was not written whole")
+            os.rename(temporary, path)
+        except OSError:
+            os.close(fd)
+            raise
+        if slab.log_fd >= 0:
+            os.close(slab.log_fd)
+        slab.log_fd, slab.log_at = fd, len(data)
+
+    # Slabs
+
+    def _log_path(self, number: int) -> Path:
+        return self.path / f"slab-{number:06}.log"
+
+    def _data_path(self, number: int) -> Path:
+        return self.path / f"slab-{number:06}.data"
+
+    def _files(self) -> list[tuple[int, int]]:
+        """Number and size of every slab in the directory."""
+        found = []
+        with suppress(FileNotFoundError), os.scandir(self.path) as entries:
+            for entry in entries:
+                match = _NAME.fullmatch(entry.name)
+                if match and entry.is_file(follow_symlinks=False):
+                    with suppress(FileNotFoundError):  # removed by another process since
+                        found.append((int(match[1]), entry.stat(follow_symlinks=False).st_size))
+        return sorted(found)
+
+    @contextmanager
+    def _directory_lock(self) -> Iterator[None]:
+        fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def _grow(self) -> bool:
+        """One more slab of our own: a new one within the budget, else one that nobody holds."""
+        owned = any(slab.owned for slab in self._slabs.values())
+        try:
+            if self._create() or self._adopt_one():
+                return True
+            if not owned:
+                (self.path / "want").touch(mode=0o600)
+        except OSError as error:
+            if not owned:
+                raise StoreError(f"no room can be made in {self.path}: {error}") from error
+        return False
+
+    def _create(self) -> bool:
+        nbytes = self._slab_nbytes
+        with self._directory_lock():
+            files = self._files()
+            if sum(_footprint(size) for _, size in files) + _footprint(nbytes) > (self.capacity or 0):
+                return False
+            number = files[-1][0] + 1 if files else 0
+            path = self._data_path(number)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.posix_fallocate(fd, 0, nbytes)
+                slab = _Slab(number, fd, nbytes, owned=True)
+                slab.room = Extents(nbytes // PAGE)
+                self._rewrite_log(slab)
+            except OSError:
+                os.close(fd)
+                path.unlink(missing_ok=True)
+                raise
+        self._slabs[number] = slab
+        return True
+
+    def _adopt_one(self) -> bool:
+        if time.monotonic() < self._next_scan:
+            return False
+        self._next_scan = time.monotonic() + 1
+        self._scan()
+        return any(self._adopt(slab) for slab in list(self._slabs.values()) if not slab.owned)
+
+    def _adopt_all(self) -> None:
+        for slab in list(self._slabs.values()):
+            self._adopt(slab)
+        order = self.stamps()
+        self._own = dict(sorted(self._own.items(), key=lambda item: order.get(item[0], 0)))
+
+    def _adopt(self, slab: _Slab) -> bool:
+        """Become the writer of ``slab`` if nobody is."""
+        if slab.owned or slab.busy:
+            return False
+        try:
+            fd = os.open(self._data_path(slab.number), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._replay(slab)  # to the end: the last writer is gone
+            taken, live = [], {}
+            for key, (page, nbytes) in sorted(slab.live.items(), key=lambda item: item[1]):
+                units = max(1, round_up(nbytes) // PAGE)
+                if taken and sum(taken[-1]) > page:
+                    continue  # two records claim one place, so the log is not to be believed here
+                taken.append((page, units))
+                live[key] = (page, nbytes)
+            for key in slab.live:
+                self._foreign.pop(key, None)
+            os.close(slab.data_fd)
+            slab.data_fd, slab.owned, slab.live = fd, True, live
+            slab.room = Extents.around(slab.nbytes // PAGE, taken)
+            self._rewrite_log(slab)
+        except OSError:
+            if slab.data_fd != fd:
+                os.close(fd)
+            return slab.owned
+        gained = []
+        for key, (page, nbytes) in live.items():
+            if key not in self._own:
+                self._own[key] = (slab, page, nbytes)
+                gained.append((key, nbytes))
+        if self._owner is not None:
+            self._owner.gained(gained)
+        return True
+
+    def _release(self, slab: _Slab) -> None:
+        """Stop writing to ``slab``; go on reading from it."""
+        lost = [key for key, place in self._own.items() if place[0] is slab]
+        for key in lost:
+            self._foreign[key] = self._own.pop(key)
+        reading = os.open(self._data_path(slab.number), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        os.close(slab.data_fd)  # gives up the lock
+        slab.data_fd, slab.owned = reading, False
+        if self._owner is not None:
+            self._owner.lost(lost)
+
+    def _shrink(self) -> None:
+        """Delete slabs that nobody holds until the directory fits the budget: it may have been larger last time."""
+        with self._directory_lock():
+            total = self.nbytes_on_disk
+            for number, size in self._files():
+                whole = size >= PAGE and size % PAGE == 0
+                if total <= (self.capacity or 0) and whole:
+                    continue
+                fd = os.open(self._data_path(number), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._data_path(number).unlink(missing_ok=True)
+                    self._log_path(number).unlink(missing_ok=True)
+                    total -= _footprint(size)
+                except BlockingIOError:
+                    continue
+                finally:
+                    os.close(fd)
+        self._scan()
+
+    def _scan(self) -> None:
+        """Meet the slabs that have come, forget those that have gone."""
+        try:
+            self._seen_mtime = os.stat(self.path).st_mtime_ns
+        except FileNotFoundError:
+            return
+        files = dict(self._files())
+        for number in [number for number, slab in self._slabs.items() if number not in files and not slab.busy]:
+            slab = self._slabs[number]
+            if not slab.owned:
+                self._forget(slab)
+        for number, size in files.items():
+            if number in self._slabs or size < PAGE:
+                continue
+            try:
+                fd = os.open(self._data_path(number), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except OSError:
+                continue  # gone, or not ours to read: a miss
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                os.close(fd)
+                continue
+            slab = self._slabs[number] = _Slab(number, fd, size, owned=False)
+            self._replay(slab)
+
+    def _forget(self, slab: _Slab) -> None:
+        for key in slab.live:
+            place = self._foreign.get(key)
+            if place is not None and place[0] is slab:
+                del self._foreign[key]
+        slab.close()
+        del self._slabs[slab.number]
+
+    def _refresh(self) -> None:
+        """See what other processes have written since."""
+        with suppress(OSError):
+            if os.stat(self.path).st_mtime_ns != self._seen_mtime:
+                self._scan()
+        for slab in self._slabs.values():
+            if not slab.owned:
+                self._replay(slab)
+
+    def _replay(self, slab: _Slab) -> None:
+        """Read on in another's log; from the start if it was replaced."""
+        if slab.log_fd < 0 or os.fstat(slab.log_fd).st_nlink == 0:
+            if slab.log_fd >= 0:
+                os.close(slab.log_fd)
+                slab.log_fd = -1
+            for key in slab.live:
+                if self._foreign.get(key, (None,))[0] is slab:
+                    del self._foreign[key]
+            slab.live.clear()
+            slab.log_at = 0
+            try:
+                slab.log_fd = os.open(
+                    self._log_path(slab.number), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+                )
+            except OSError:
+                return
+            if not stat.S_ISREG(os.fstat(slab.log_fd).st_mode):
+                return
+        data = _read_all(slab.log_fd, slab.log_at)
+        pages = slab.nbytes // PAGE
+        count = 0
+        for count, (op, page, nbytes, _, key) in enumerate(_records(data), 1):
+            if op == _PUT and page + round_up(nbytes) // PAGE <= pages:
+                slab.live[key] = (page, nbytes)
+                self._foreign[key] = (slab, page, nbytes)
+            elif op == _DELETE:
+                slab.live.pop(key, None)
+                if self._foreign.get(key, (None,))[0] is slab:
+                    del self._foreign[key]
+        slab.log_at += count * RECORD_NBYTES
+
+    def _done(self, slab: _Slab) -> None:
+        slab.busy -= 1
+        if self._closed and not slab.busy:
+            slab.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreError(f"the disk store at {self.path} is closed")
+
+
+def _default_slab_nbytes(capacity: int) -> int:
+    """A sixteenth of the budget, 4 to 256 MiB; in a small budget, what fits twice."""
+    wanted = min(max(capacity // 16, 4 << 20), 256 << 20)
+    if _footprint(wanted) > capacity // 2:
+        wanted = (capacity // 2 - (80 << 10)) * 15 // 16
+    return max(wanted // PAGE * PAGE, PAGE)
+
+
+def _footprint(nbytes: int) -> int:
+    """Bytes that a slab of ``nbytes`` takes at most: data, and its log twice over (while it is being rewritten)."""
+    return nbytes + nbytes // 16 + (72 << 10)
+
+
+def _pack(op: int, page: int, nbytes: int, stamp: int, key: BlockKey) -> bytes:
+    body = _RECORD.pack(op, page, nbytes, stamp, key, b"")[:-8]
+    return body + xxhash.xxh3_64_digest(body)
+
+
+def _records(data: bytes) -> Iterator[tuple[int, int, int, int, BlockKey]]:
+    """Op, page, bytes, stamp and key of each record, up to the first that does not check."""
+    digest = xxhash.xxh3_64_digest
+    for at in range(0, len(data) - RECORD_NBYTES + 1, RECORD_NBYTES):
+        record = data[at : at + RECORD_NBYTES]
+        op, page, nbytes, stamp, key, check = _RECORD.unpack(record)
+        if digest(record[:-8]) != check:
+            return
+        yield op, page, nbytes, stamp, key
+
+
+def _read_all(fd: int, start: int = 0) -> bytes:
+    if fd < 0:
+        return b""
+    size = os.fstat(fd).st_size
+    return os.pread(fd, size - start, start) if size > start else b""
+
+
+def _read_places(places: Sequence[Location | None], buffer: memoryview) -> list[memoryview | None]:
+    """Read what lies side by side with one call; a short read leaves ``None``."""
+    views: list[memoryview | None] = []
+    runs: list[tuple[int, int, int, int]] = []  # fd, offset in the file, offset in the buffer, bytes
+    at = 0
+    for place in places:
+        if place is None:
+            views.append(None)
+            continue
+        slab, page, nbytes = place
+        length = round_up(nbytes)
+        views.append(buffer[at : at + nbytes].toreadonly())
+        if runs and runs[-1][0] == slab.data_fd and runs[-1][1] + runs[-1][3] == page * PAGE:
+            fd, start, where, before = runs[-1]
+            runs[-1] = (fd, start, where, before + length)
+        else:
+            runs.append((slab.data_fd, page * PAGE, at, length))
+        at += length
+    got = 0
+    for fd, start, where, length in runs:
+        got = where
+        while got < where + length:
+            count = os.preadv(fd, [buffer[got : where + length]], start + got - where)
+            if count == 0:
+                # A short file. Stale bytes of the pool must not pass for content.
+                buffer[got : where + length] = bytes(where + length - got)
+                break
+            got += count
+    return views
+
+
+def _pwrite_all(fd: int, views: list[memoryview], offset: int) -> None:
+    while views:
+        batch = views[:_IOV_MAX]
+        written = os.pwritev(fd, batch, offset)
+        if written <= 0:
+            raise OSError("nothing was written")
+        offset += written
+        while views and written >= len(views[0]):
+            written -= len(views[0])
+            views = views[1:]
+        if written:
+            views = [views[0][written:], *views[1:]]

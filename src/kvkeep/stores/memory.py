@@ -1,0 +1,166 @@
+"""Memory: one arena, so that a value lands on pages that have been touched.
+
+``read`` hands out views into the arena. A value that is deleted while somebody reads it keeps its place until the
+last reader is done, so a view never changes under its reader.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from kvkeep.buffers import Buffer, as_bytes, nbytes_of
+from kvkeep.errors import ConfigError, StoreError, StoreFullError, ValueTooLargeError
+from kvkeep.keys import BlockKey
+from kvkeep.stores.base import Item, Store
+from kvkeep.stores.extents import Extents
+
+UNIT = 512
+"""Allocation unit: a multiple of 64, so that a frame's payload is aligned for vector loads."""
+
+TOUCH_AHEAD_NBYTES = 256 << 20
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; Python's mmap module has no name for it
+
+
+class _Slot:
+    __slots__ = ("deleted", "nbytes", "readers", "start")
+
+    def __init__(self, start: int, nbytes: int) -> None:
+        self.start = start
+        self.nbytes = nbytes
+        self.readers = 0
+        self.deleted = False
+
+
+class MemoryStore(Store):
+    """``capacity`` bytes of private memory, reserved at once and touched as they are needed."""
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 0:
+            raise ConfigError(f"a memory store of {capacity} bytes: capacity is at least 0")
+        self.capacity = capacity
+        self._region = mmap.mmap(-1, max(capacity, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # huge pages are a hint: a kernel without them says EINVAL
+            self._region.madvise(mmap.MADV_HUGEPAGE)
+        self._arena = memoryview(self._region)[:capacity]
+        self._room = Extents(capacity // UNIT)
+        self._slots: dict[BlockKey, _Slot] = {}
+        self._lock = threading.Lock()
+        self._used = 0  # end of the highest slot so far
+        self._touched = 0  # end of the pages that have been touched ahead
+        self._closed = False
+
+    def put(self, key: BlockKey, parts: Sequence[Buffer]) -> None:
+        if self.put_many([(key, parts)]) == 0:
+            raise StoreFullError("no room in memory")
+
+    def put_many(self, items: Sequence[Item]) -> int:
+        for done, (key, parts) in enumerate(items):
+            nbytes = nbytes_of(list(parts))
+            units = max(1, -(-nbytes // UNIT))
+            if units > self._room.units:
+                if done:
+                    return done
+                raise ValueTooLargeError(f"{nbytes} bytes do not fit into a memory store of {self.capacity}")
+            # The copy is made under the lock: a put is whole or absent for every other thread, and takes microseconds.
+            with self._lock:
+                self._check_open()
+                if key in self._slots:
+                    continue
+                unit = self._room.allocate(units)
+                if unit is None:
+                    return done
+                at = unit * UNIT
+                slot = _Slot(at, nbytes)
+                for part in parts:
+                    view = as_bytes(part)
+                    self._arena[at : at + len(view)] = view
+                    at += len(view)
+                self._slots[key] = slot
+                self._used = max(self._used, at)
+        return len(items)
+
+    def get(self, key: BlockKey) -> Buffer | None:
+        with self.read([key]) as (value,):
+            return None if value is None else bytes(value)
+
+    @contextmanager
+    def read(self, keys: Sequence[BlockKey]) -> Iterator[list[memoryview | None]]:
+        with self._lock:
+            self._check_open()
+            slots = [self._slots.get(key) for key in keys]
+            for slot in slots:
+                if slot is not None:
+                    slot.readers += 1
+        try:
+            yield [
+                None if slot is None else self._arena[slot.start : slot.start + slot.nbytes].toreadonly()
+                for slot in slots
+            ]
+        finally:
+            with self._lock:
+                for slot in slots:
+                    if slot is not None:
+                        slot.readers -= 1
+                        if slot.deleted and not slot.readers:
+                            self._give_back(slot)
+
+    def contains(self, key: BlockKey) -> bool:
+        return key in self._slots
+
+    def contains_many(self, keys: Sequence[BlockKey]) -> list[bool]:
+        slots = self._slots
+        return [key in slots for key in keys]
+
+    def delete(self, key: BlockKey) -> bool:
+        with self._lock:
+            slot = self._slots.pop(key, None)
+            if slot is None:
+                return False
+            slot.deleted = True
+            if not slot.readers:
+                self._give_back(slot)
+            return True
+
+    def items(self) -> Iterator[tuple[BlockKey, int]]:
+        with self._lock:
+            return iter([(key, slot.nbytes) for key, slot in self._slots.items()])
+
+    def maintain(self) -> None:
+        """Touch pages ahead of their use: fresh ones would cost a save ten times the copy."""
+        goal = min(self._used + TOUCH_AHEAD_NBYTES, self.capacity or 0)
+        step = 16 << 20
+        while self._touched < goal and not self._closed:
+            nbytes = min(step, goal - self._touched)
+            if _populate(self._region, self._touched, nbytes):
+                self._touched += nbytes
+            else:
+                return
+
+    def close(self) -> None:
+        """Forget everything. Views that are still being read stay valid: they keep the arena alive."""
+        with self._lock:
+            self._closed = True
+            self._slots.clear()
+
+    def _give_back(self, slot: _Slot) -> None:
+        self._room.free(slot.start // UNIT, max(1, -(-slot.nbytes // UNIT)))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreError("this memory store is closed")
+
+
+def _populate(region: mmap.mmap, start: int, nbytes: int) -> bool:
+    """Fault pages in without changing them. Through ctypes, which, unlike mmap.madvise, lets other threads run."""
+    anchor = ctypes.c_char.from_buffer(region)
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        address = ctypes.addressof(anchor) + start
+        return bool(libc.madvise(address, nbytes, _POPULATE_WRITE) == 0)
+    finally:
+        del anchor
