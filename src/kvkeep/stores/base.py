@@ -117,5 +117,8 @@ class Store(ABC):
     def maintain(self) -> None:  # noqa: B027
         """Called about once a second from a background thread: housekeeping that must not fall into a request."""
 
+    def after_fork(self) -> None:  # noqa: B027
+        """Called in a forked child, which has one thread: drop what belongs to the parent and start clean."""
+
     def close(self) -> None:  # noqa: B027
         """Give back files and connections. Using a closed store raises ``StoreError``."""

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import xxhash
 
-from kvkeep.buffers import PAGE, Buffer, BufferPool, as_bytes, nbytes_of, round_up
+from kvkeep.buffers import PAGE, Buffer, BufferPool, as_bytes, nbytes_of
 from kvkeep.errors import ConfigError, StoreError, StoreFullError, ValueTooLargeError
 from kvkeep.keys import BlockKey
 from kvkeep.stores.base import Item, Owner, Store
@@ -91,6 +91,9 @@ class DiskStore(Store):
         self._slab_nbytes = slab_nbytes or _default_slab_nbytes(capacity)
         self._read_only = read_only
         self._clock = clock
+        self._open()
+
+    def _open(self) -> None:
         self._pool = BufferPool()
         self._lock = threading.RLock()
         self._slabs: dict[int, _Slab] = {}
@@ -167,7 +170,7 @@ class DiskStore(Store):
                 if place is not None:
                     place[0].busy += 1
         try:
-            total = sum(round_up(place[2]) for place in places if place is not None)
+            total = sum(_pages(place[2]) * PAGE for place in places if place is not None)
             with self._pool.borrow(total) as buffer:
                 yield _read_places(places, buffer)
         except OSError as error:
@@ -187,7 +190,7 @@ class DiskStore(Store):
                 if place is None:
                     continue
                 slab, page, nbytes = place
-                start, length = page * PAGE, round_up(nbytes)
+                start, length = page * PAGE, _pages(nbytes) * PAGE
                 if runs and runs[-1][0] == slab.data_fd and runs[-1][1] + runs[-1][2] == start:
                     runs[-1][2] += length
                 else:
@@ -227,7 +230,7 @@ class DiskStore(Store):
             except OSError as error:
                 # The room is not given back: a log that still names the key must not point at another's bytes.
                 raise StoreError(f"deleting from {self.path}: {error}") from error
-            slab.room.free(page, round_up(nbytes) // PAGE)
+            slab.room.free(page, _pages(nbytes))
             return True
 
     def attach(self, owner: Owner) -> None:
@@ -258,12 +261,17 @@ class DiskStore(Store):
             self._own.clear()
             self._foreign.clear()
 
+    def after_fork(self) -> None:
+        for slab in self._slabs.values():
+            slab.close()  # not unlocked: the lock belongs to the parent, whose copy of the file stays open
+        self._open()
+
     # Placing and writing
 
     def _place(self, items: Sequence[Item]) -> list[Location]:
         """Where the first of ``items`` go: side by side as many as fit, at least one, or none if there is no room."""
         sizes = [nbytes_of(list(parts)) for _, parts in items[: _IOV_MAX // 4]]
-        pages = [max(1, round_up(size) // PAGE) for size in sizes]
+        pages = [_pages(size) for size in sizes]
         with self._lock:
             self._check_open()
             largest = max([self._slab_nbytes, *(slab.nbytes for slab in self._slabs.values() if slab.owned)])
@@ -291,8 +299,7 @@ class DiskStore(Store):
         views: list[memoryview] = []
         for (_, parts), (_, _, nbytes) in zip(items, places, strict=False):
             views += [as_bytes(part) for part in parts]
-            if nbytes % PAGE:
-                views.append(memoryview(_ZEROS)[: PAGE - nbytes % PAGE])
+            views.append(memoryview(_ZEROS)[: _pages(nbytes) * PAGE - nbytes])
         try:
             _pwrite_all(slab.data_fd, [view for view in views if len(view)], first * PAGE)
             with self._lock:
@@ -305,11 +312,11 @@ class DiskStore(Store):
                     slab.live[key] = place[1:]
                 for _, page, nbytes in places:
                     if page not in kept:
-                        slab.room.free(page, max(1, round_up(nbytes) // PAGE))
+                        slab.room.free(page, _pages(nbytes))
         except OSError as error:
             with self._lock:
                 for _, page, nbytes in places:
-                    slab.room.free(page, max(1, round_up(nbytes) // PAGE))
+                    slab.room.free(page, _pages(nbytes))
             raise StoreError(f"writing {self.path}: {error}") from error
         finally:
             with self._lock:
@@ -436,9 +443,10 @@ class DiskStore(Store):
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._replay(slab)  # to the end: the last writer is gone
-            taken, live = [], {}
+            taken: list[tuple[int, int]] = []
+            live: dict[BlockKey, tuple[int, int]] = {}
             for key, (page, nbytes) in sorted(slab.live.items(), key=lambda item: item[1]):
-                units = max(1, round_up(nbytes) // PAGE)
+                units = _pages(nbytes)
                 if taken and sum(taken[-1]) > page:
                     continue  # two records claim one place, so the log is not to be believed here
                 taken.append((page, units))
@@ -555,16 +563,15 @@ class DiskStore(Store):
                 return
         data = _read_all(slab.log_fd, slab.log_at)
         pages = slab.nbytes // PAGE
-        count = 0
-        for count, (op, page, nbytes, _, key) in enumerate(_records(data), 1):
-            if op == _PUT and page + round_up(nbytes) // PAGE <= pages:
+        for op, page, nbytes, _, key in _records(data):
+            slab.log_at += RECORD_NBYTES
+            if op == _PUT and page + _pages(nbytes) <= pages:
                 slab.live[key] = (page, nbytes)
                 self._foreign[key] = (slab, page, nbytes)
             elif op == _DELETE:
                 slab.live.pop(key, None)
                 if self._foreign.get(key, (None,))[0] is slab:
                     del self._foreign[key]
-        slab.log_at += count * RECORD_NBYTES
 
     def _done(self, slab: _Slab) -> None:
         slab.busy -= 1
@@ -587,6 +594,11 @@ def _default_slab_nbytes(capacity: int) -> int:
 def _footprint(nbytes: int) -> int:
     """Bytes that a slab of ``nbytes`` takes at most: data, and its log twice over (while it is being rewritten)."""
     return nbytes + nbytes // 16 + (72 << 10)
+
+
+def _pages(nbytes: int) -> int:
+    """Pages that a value takes: at least one, so that every value has a place of its own."""
+    return max(1, -(-nbytes // PAGE))
 
 
 def _pack(op: int, page: int, nbytes: int, stamp: int, key: BlockKey) -> bytes:
@@ -622,7 +634,7 @@ def _read_places(places: Sequence[Location | None], buffer: memoryview) -> list[
             views.append(None)
             continue
         slab, page, nbytes = place
-        length = round_up(nbytes)
+        length = _pages(nbytes) * PAGE
         views.append(buffer[at : at + nbytes].toreadonly())
         if runs and runs[-1][0] == slab.data_fd and runs[-1][1] + runs[-1][3] == page * PAGE:
             fd, start, where, before = runs[-1]

@@ -42,6 +42,9 @@ class MemoryStore(Store):
         if capacity < 0:
             raise ConfigError(f"a memory store of {capacity} bytes: capacity is at least 0")
         self.capacity = capacity
+        self._open(capacity)
+
+    def _open(self, capacity: int) -> None:
         self._region = mmap.mmap(-1, max(capacity, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(OSError):  # huge pages are a hint: a kernel without them says EINVAL
             self._region.madvise(mmap.MADV_HUGEPAGE)
@@ -139,6 +142,9 @@ class MemoryStore(Store):
                 self._touched += nbytes
             else:
                 return
+
+    def after_fork(self) -> None:
+        self._open(self.capacity or 0)
 
     def close(self) -> None:
         """Forget everything. Views that are still being read stay valid: they keep the arena alive."""
