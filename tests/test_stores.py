@@ -11,9 +11,10 @@ from kvkeep.buffers import Buffer
 from kvkeep.errors import StoreError, StoreFullError
 from kvkeep.keys import BlockKey
 from kvkeep.stores.base import Store
+from kvkeep.stores.disk import DiskStore
 from kvkeep.stores.memory import MemoryStore
 from kvkeep.testing.faults import FaultyStore
-from kvkeep.testing.stores import BoundedStoreSuite, StoreSuite, key, read, value
+from kvkeep.testing.stores import BoundedStoreSuite, PersistentSuite, StoreSuite, key, read, value
 
 
 class DictStore(Store):
@@ -58,6 +59,14 @@ class TestMemory(BoundedStoreSuite):
     def make(self, path: Path, capacity: int | None) -> Store:
         assert capacity is not None
         return MemoryStore(capacity)
+
+
+class TestDisk(PersistentSuite, BoundedStoreSuite):
+    capacity = 1 << 20
+
+    def make(self, path: Path, capacity: int | None) -> Store:
+        assert capacity is not None
+        return DiskStore(path / "cache", capacity=capacity)
 
 
 class TestFaultyButWell(StoreSuite):
