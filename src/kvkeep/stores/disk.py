@@ -104,10 +104,10 @@ class DiskStore(Store):
         self._next_scan = 0.0
         self._closed = False
         try:
-            if not read_only:
+            if not self._read_only:
                 self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._scan()
-            if not read_only:
+            if not self._read_only:
                 self._shrink()
                 self._adopt_all()
         except OSError as error:
@@ -210,6 +210,9 @@ class DiskStore(Store):
             raise StoreError(f"{self.path} was opened for reading only")
         done = 0
         while done < len(items):
+            if items[done][0] in self._own:  # there already: needs no room
+                done += 1
+                continue
             placed = self._place(items[done:])
             if not placed:
                 return done
