@@ -1,0 +1,323 @@
+"""Several tiers as one: fastest first, inclusive.
+
+A save goes to the first tier at once and to the others by write-behind: a queue of keys, bounded in bytes, whose
+blocks are pinned in the first tier until they are written. A full queue drops the write and counts it. A block that
+was found below is copied up in the same thread. That thread is the only one there is.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+
+from kvkeep import frame
+from kvkeep.buffers import Buffer, BufferPool
+from kvkeep.codecs.base import Codec
+from kvkeep.errors import CodecError, FrameError, KVKeepError, StoreError
+from kvkeep.events import Observer
+from kvkeep.keys import BlockKey
+from kvkeep.layout import KVLayout
+from kvkeep.policies.base import Access
+from kvkeep.stores.base import Item
+from kvkeep.tier import Tier
+
+BATCH_NBYTES = 8 << 20
+"""Bytes read at once: enough for the disk, few enough to be copied on from the processor's cache."""
+
+IDLE_SECONDS = 1.0
+
+CodecLookup = Callable[[str], Codec]
+
+
+class _Write:
+    """One block on its way to tier ``target`` from tier ``source``, where it is pinned."""
+
+    __slots__ = ("access", "key", "layout", "nbytes", "source", "target")
+
+    def __init__(
+        self, key: BlockKey, layout: KVLayout, nbytes: int, source: Tier, target: Tier, access: Access
+    ) -> None:
+        self.key, self.layout, self.nbytes = key, layout, nbytes
+        self.source, self.target, self.access = source, target, access
+
+
+class TieredStore:
+    """``tiers`` fastest first; ``queue_nbytes`` bounds the write-behind."""
+
+    def __init__(
+        self, tiers: Sequence[Tier], *, codec: CodecLookup, observer: Observer, queue_nbytes: int = 512 << 20
+    ) -> None:
+        self.tiers = list(tiers)
+        self._codec = codec
+        self._observer = observer
+        self._queue_nbytes = queue_nbytes
+        self._closed = False
+        self._start()
+        _open.add(self)
+
+    def _start(self) -> None:
+        self._pool = BufferPool()
+        self._queue: deque[_Write] = deque()
+        self._queued = 0  # bytes of the queue, and of what is being written
+        self._writing = False
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def locate(self, keys: Sequence[BlockKey]) -> list[Tier]:
+        """The tier of each block of the longest prefix of ``keys`` that is there. One question a tier."""
+        places: list[Tier | None] = [None] * len(keys)
+        missing = list(range(len(keys)))
+        for tier in self.tiers:
+            if not missing:
+                break
+            for at, there in zip(missing, tier.contains_many([keys[at] for at in missing]), strict=True):
+                if there:
+                    places[at] = tier
+            missing = [at for at in missing if places[at] is None]
+        prefix: list[Tier] = []
+        for place in places:
+            if place is None:
+                break
+            prefix.append(place)
+        return prefix
+
+    def blocks(
+        self, keys: Sequence[BlockKey], places: Sequence[Tier], layout: KVLayout
+    ) -> Iterator[tuple[int, memoryview]]:
+        """Index and decoded payload of each block in order, up to the first lost one. Views die at the next step."""
+        batch = max(1, BATCH_NBYTES // layout.block_nbytes)
+        at = 0
+        while at < len(keys):
+            end = at + 1
+            while end < len(keys) and end - at < batch and places[end] is places[at]:
+                end += 1
+            done = yield from self._batch(keys, at, end, places[at], layout)
+            if done < end:
+                other = self._elsewhere(keys[done], places[done])
+                if other is None:
+                    self._observer.event("lost", len(keys) - done, cause="gone")
+                    return
+                again = yield from self._batch(keys, done, done + 1, other, layout)
+                if again == done:
+                    self._observer.event("lost", len(keys) - done, cause="gone")
+                    return
+                done = again
+            at = done
+
+    def _batch(
+        self, keys: Sequence[BlockKey], start: int, end: int, tier: Tier, layout: KVLayout
+    ) -> Generator[tuple[int, memoryview], None, int]:
+        """Yields blocks; returns the index after the last good one."""
+        at = start
+        try:
+            with tier.store.read(keys[start:end]) as values, self._pool.borrow(layout.block_nbytes) as room:
+                for at, value in enumerate(values, start):
+                    if value is None:
+                        return at
+                    try:
+                        payload = self._open_frame(keys[at], value, tier, layout, room)
+                    except FrameError as error:
+                        self._refuse(keys[at], tier, error)
+                        return at
+                    yield at, payload
+                at = end
+        except StoreError as error:
+            tier.failed("read", error)
+        self._observer.event("load", at - start, nbytes=(at - start) * layout.block_nbytes, tier=tier.name)
+        return at
+
+    def _open_frame(
+        self, key: BlockKey, value: memoryview, tier: Tier, layout: KVLayout, room: memoryview
+    ) -> memoryview:
+        header, payload = frame.parse(value) if tier.trusted else frame.verify(value)
+        frame.check(header, key, layout.fingerprint, layout.block_nbytes)
+        if header.codec == "raw":
+            if len(payload) != layout.block_nbytes:
+                raise FrameError("size", "a raw payload that is not a block's size")
+            return payload
+        try:
+            self._codec(header.codec).decode(payload, layout, room)
+        except (CodecError, KeyError) as error:
+            raise FrameError("codec", str(error)) from error
+        return room
+
+    def _refuse(self, key: BlockKey, tier: Tier, error: FrameError) -> None:
+        """A frame that is not what it should be is deleted; one that vanished meanwhile was merely overwritten."""
+        mine = tier.delete(key)
+        self._observer.event(
+            "corrupt" if mine else "lost", tier=tier.name, cause=error.cause if mine else "overwritten"
+        )
+
+    def _elsewhere(self, key: BlockKey, tier: Tier) -> Tier | None:
+        others = (other for other in self.tiers if other is not tier)
+        return next((other for other in others if other.contains_many([key])[0]), None)
+
+    def save(self, items: Sequence[Item], layout: KVLayout, accesses: Sequence[Access]) -> int:
+        """Put unsealed raw frames into the first tier and queue them for the others; how many were stored."""
+        first, lower = self.tiers[0], self.tiers[1:]
+        stored = first.put_many(items, accesses, pin=bool(lower))
+        if lower:
+            keys = [key for key, _ in items[:stored]]
+            for tier in lower:
+                there = tier.contains_many(keys)
+                for key, access, known in zip(keys, accesses, there, strict=False):
+                    if not known:
+                        first.pin([key])
+                        self._enqueue(_Write(key, layout, layout.block_nbytes, first, tier, access))
+            first.unpin(keys)
+        return stored
+
+    def promote(self, keys: Sequence[BlockKey], places: Sequence[Tier], layout: KVLayout, now: float) -> None:
+        """Copy what lies below into the first tier, in the background."""
+        first = self.tiers[0]
+        for at, (key, tier) in enumerate(zip(keys, places, strict=False)):
+            if tier is not first:
+                tier.pin([key])
+                access = Access(now, at, len(keys), len(keys), keys[at - 1] if at else None)
+                self._enqueue(_Write(key, layout, layout.block_nbytes, tier, first, access))
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until the queue is written; was it, in time?"""
+        with self._wake:
+            return self._wake.wait_for(lambda: not self._queue and not self._writing, timeout)
+
+    def close(self, timeout: float | None = 60.0) -> None:
+        """Write the queue, stop the thread, close the stores."""
+        if self._closed:
+            return
+        if self._thread is not None:
+            self.flush(timeout)
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+        if self._thread is not None:
+            self._thread.join(timeout)
+        for tier in self.tiers:
+            tier.store.close()
+        _open.discard(self)
+
+    def after_fork(self) -> None:
+        """In a forked child: no thread, no queue, stores opened anew."""
+        for tier in self.tiers:
+            tier.after_fork()
+        self._start()
+
+    def start(self) -> None:
+        """Start the thread, which also touches memory ahead of its use."""
+        with self._wake:
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=_run, args=(weakref.ref(self),), name="kvkeep", daemon=True)
+                self._thread.start()
+
+    def _enqueue(self, write: _Write) -> None:
+        self.start()
+        with self._wake:
+            if self._closed or self._queued + write.nbytes > self._queue_nbytes:
+                full = True
+            else:
+                full = False
+                self._queue.append(write)
+                self._queued += write.nbytes
+                self._wake.notify_all()
+        if full:
+            write.source.unpin([write.key])
+            self._observer.event("dropped", nbytes=write.nbytes, tier=write.target.name, cause="queue full")
+
+    def step(self) -> bool:
+        """Write the next few blocks, or wait a second and do the housekeeping; False once closed."""
+        with self._wake:
+            if not self._queue and not self._closed:
+                self._wake.wait(IDLE_SECONDS)
+            batch: list[_Write] = []
+            while self._queue and sum(write.nbytes for write in batch) < BATCH_NBYTES:
+                if batch and (self._queue[0].source, self._queue[0].target) != (batch[0].source, batch[0].target):
+                    break
+                batch.append(self._queue.popleft())
+            self._writing = bool(batch)
+        if batch:
+            try:
+                self._write(batch)
+            finally:
+                batch[0].source.unpin([write.key for write in batch])
+                with self._wake:
+                    self._queued -= sum(write.nbytes for write in batch)
+                    self._writing = False
+                    self._wake.notify_all()
+        else:
+            for tier in self.tiers:
+                tier.store.maintain()
+        return not self._closed
+
+    def _write(self, batch: list[_Write]) -> None:
+        source, target = batch[0].source, batch[0].target
+        try:
+            with source.store.read([write.key for write in batch]) as values:
+                items: list[Item] = []
+                accesses: list[Access] = []
+                for write, value in zip(batch, values, strict=True):
+                    if value is None:
+                        continue
+                    try:
+                        items.append((write.key, self._recode(write, value)))
+                    except FrameError as error:
+                        self._refuse(write.key, source, error)
+                        continue
+                    accesses.append(write.access)
+                stored = target.put_many(items, accesses)
+        except StoreError as error:
+            source.failed("read", error)
+            return
+        if target is self.tiers[0]:
+            self._observer.event("promote", stored, tier=target.name)
+
+    def _recode(self, write: _Write, value: memoryview) -> list[Buffer]:
+        """The frame in the target's codec. What was decoded from a lossy codec is never encoded again."""
+        layout, target = write.layout, write.target
+        header, payload = frame.parse(value) if write.source.trusted else frame.verify(value)
+        frame.check(header, write.key, layout.fingerprint, layout.block_nbytes)
+        stored: Buffer = payload
+        codec = header.codec
+        if codec != target.codec.name and (codec == "raw" or self._codec(codec).lossless):
+            if codec != "raw":
+                room = memoryview(bytearray(layout.block_nbytes))
+                try:
+                    self._codec(codec).decode(payload, layout, room)
+                except CodecError as error:
+                    raise FrameError("codec", str(error)) from error
+                stored = room
+            stored = target.codec.encode(stored, layout)
+            codec = target.codec.name
+        size = memoryview(stored).nbytes
+        head = frame.pack(write.key, layout.fingerprint, codec, size, layout.block_nbytes)
+        if not target.trusted:
+            frame.seal(head, stored)
+        return [bytes(head), stored]
+
+
+_open: weakref.WeakSet[TieredStore] = weakref.WeakSet()
+
+
+def _run(reference: weakref.ref[TieredStore]) -> None:
+    """The thread. It holds the store only while it works, so that a forgotten cache is collected."""
+    while True:
+        store = reference()
+        if store is None:
+            return
+        try:
+            if not store.step():
+                return
+        except KVKeepError:  # pragma: no cover  # every medium's fault is caught where it happens
+            time.sleep(IDLE_SECONDS)
+        del store
+
+
+def _after_fork() -> None:
+    for store in list(_open):
+        store.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
