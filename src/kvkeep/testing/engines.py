@@ -7,8 +7,8 @@ rest on real caches with a disk tier. Needs the extra ``test``.
 from __future__ import annotations
 
 import multiprocessing
-from contextlib import contextmanager
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
