@@ -16,14 +16,14 @@ import kvkeep
 ROOT = Path(kvkeep.__file__).parent
 
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "buffers"),
+    ("errors", "buffers", "sizes"),
     ("identity", "layout"),
     ("keys",),
     ("stores", "codecs", "policies"),
     ("frame", "events", "registry", "tier", "trace"),
     ("tiered", "flight", "sim"),
     ("cache", "metrics"),
-    ("config", "engines", "web"),
+    ("config", "engines", "web", "sizes"),
     ("cli",),
     ("testing",),
 )
@@ -46,9 +46,9 @@ SHARED = {"stores.extents", "engines.weights"}
 """Parts of one implementation, or of several, in a file of their own."""
 
 ONLY_IN: dict[str, tuple[str, ...]] = {
-    "torch": ("engines",),
-    "transformers": ("engines.transformers",),
-    "huggingface_hub": ("engines.transformers", "engines.weights"),
+    "torch": ("engines", "cli.measure"),
+    "transformers": ("engines.transformers", "cli.measure"),
+    "huggingface_hub": ("engines.transformers", "engines.weights", "cli.demo", "cli.measure"),
     "vllm": ("engines.vllm",),
     "llama_cpp": ("engines.llamacpp",),
     "redis": ("stores.redis",),
