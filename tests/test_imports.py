@@ -23,7 +23,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("frame", "events", "registry", "tier", "trace"),
     ("tiered", "flight", "sim"),
     ("cache", "metrics"),
-    ("config", "engines", "web", "sizes"),
+    ("config", "engines", "web"),
     ("cli",),
     ("testing",),
 )

@@ -1,0 +1,21 @@
+"""All commands in one Typer application."""
+
+from __future__ import annotations
+
+import typer
+
+from kvkeep.cli.clear import clear
+from kvkeep.cli.demo import demo
+from kvkeep.cli.stats import stats
+from kvkeep.cli.verify import verify
+from kvkeep.cli.version import version
+
+app = typer.Typer(
+    name="kvkeep",
+    help="Keep what a language model has already read: look at, check and clear a cache directory; see a demo.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+for command in (demo, stats, verify, clear, version):
+    app.command()(command)

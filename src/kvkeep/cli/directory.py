@@ -1,0 +1,145 @@
+"""What the commands know of a cache directory: its path, what lies in it, and whose it is."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from kvkeep.keys import BlockKey
+    from kvkeep.stores.disk import DiskStore
+
+Dir = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[DIR]",
+        help="The cache's directory. Default: that of the file KVKEEP_CONFIG names, else ~/.cache/kvkeep.",
+        show_default=False,
+    ),
+]
+
+READ_NBYTES = 64 << 20
+"""Bytes of frames that a command reads at once."""
+
+
+def fail(message: str) -> NoReturn:
+    """Say what is wrong and end with status 2: the command could not do its work."""
+    Console(stderr=True).print(message, style="red", markup=False, highlight=False)
+    raise typer.Exit(2)
+
+
+def resolve(directory: Path | None) -> Path:
+    """The directory that the user means; it has to be there."""
+    from kvkeep import config
+    from kvkeep.errors import ConfigError
+
+    if directory is None:
+        try:
+            directory = config.load().dir
+        except ConfigError as error:
+            fail(str(error))
+    directory = directory.expanduser()
+    if not directory.is_dir():
+        fail(f"there is no cache at {directory}")
+    return directory
+
+
+def open_store(directory: Path, *, write: bool = False) -> DiskStore:
+    """The directory's blocks. ``write`` adopts the slabs that no process holds; nothing is evicted or made smaller."""
+    from kvkeep.errors import StoreError
+    from kvkeep.stores.disk import MIN_CAPACITY, DiskStore
+
+    try:
+        store = DiskStore(directory, capacity=0, read_only=True)
+        if not write:
+            return store
+        room = store.nbytes_on_disk
+        store.close()
+        # At least what is there, so that opening it does not shrink it. Another process may grow it meanwhile: twice.
+        return DiskStore(directory, capacity=max(2 * room, MIN_CAPACITY))
+    except StoreError as error:
+        fail(str(error))
+
+
+def models(directory: Path) -> dict[bytes, dict[str, Any]]:
+    """Layout fingerprint → what ``KVCache.bind`` noted about it. It is a label only: empty where it cannot be read."""
+    known: dict[bytes, dict[str, Any]] = {}
+    with suppress(OSError, ValueError):
+        found = json.loads((directory / "models.json").read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            for fingerprint, facts in found.items():
+                if isinstance(facts, dict):
+                    known[bytes.fromhex(fingerprint)] = facts
+    return known
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One block as it lies on the disk. ``cause`` is empty for a whole frame, else a word of ``frame.CAUSES``."""
+
+    key: BlockKey
+    nbytes: int
+    layout: bytes
+    cause: str
+    stamp: float
+
+
+def scan(store: DiskStore, *, whole: bool) -> list[Found]:
+    """Every block, read batch by batch. ``whole`` checks the seals too, else the headers only.
+
+    What another process evicts meanwhile is left out: it is gone, not damaged. The check is made twice, since a slot
+    may be overwritten between the look at the index and the read.
+    """
+    stamps = store.stamps()
+    items = sorted(store.items(), key=lambda item: stamps.get(item[0], 0.0))
+    found: list[Found] = []
+    while items:
+        batch: list[tuple[BlockKey, int]] = []
+        total = 0
+        while items and (not batch or total + items[-1][1] <= READ_NBYTES):
+            batch.append(items.pop())
+            total += batch[-1][1]
+        first = _examine(store, batch, stamps, whole)
+        suspects = {block.key for block in first if block.cause}
+        again = _examine(store, [item for item in batch if item[0] in suspects], stamps, whole)
+        found += [block for block in first if not block.cause] + again
+    return found
+
+
+def _examine(
+    store: DiskStore, batch: list[tuple[BlockKey, int]], stamps: dict[BlockKey, float], whole: bool
+) -> list[Found]:
+    from kvkeep import frame
+    from kvkeep.errors import FrameError
+
+    found = []
+    with store.read([key for key, _ in batch]) as values:
+        for (key, nbytes), value in zip(batch, values, strict=True):
+            if value is None:
+                continue
+            layout, cause = b"", ""
+            try:
+                header, _ = frame.verify(value) if whole else frame.parse(value)
+                layout = header.layout
+                frame.check(header, key, layout)
+            except FrameError as error:
+                cause = error.cause
+            found.append(Found(key, nbytes, layout, cause, stamps.get(key, 0.0)))
+    return found
+
+
+def label(layout: bytes, known: dict[bytes, dict[str, Any]]) -> str:
+    """What a person calls the model of this layout."""
+    facts = known.get(layout)
+    return str(facts.get("description", "")) if facts else "unknown"
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 block``, ``2 blocks``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
