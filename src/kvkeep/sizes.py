@@ -1,4 +1,4 @@
-"""Sizes as people write them: ``"2GiB"``, ``"500 MB"``."""
+"""Sizes and ages as people write them: ``"2GiB"``, ``"500 MB"``, ``"7d"``."""
 
 from __future__ import annotations
 
@@ -32,3 +32,15 @@ def format_size(nbytes: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.3g} {unit}"
         size /= 1024
     return f"{size:.3g} TiB"
+
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_AGE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([smhdw])\s*")
+
+
+def parse_age(age: str) -> float:
+    """Seconds of ``"90s"``, ``"30m"``, ``"12h"``, ``"7d"`` or ``"2w"``."""
+    match = _AGE.fullmatch(age.lower())
+    if match is None:
+        raise ConfigError(f"{age!r} is no age: write a number and one of s, m, h, d, w")
+    return float(match[1]) * _SECONDS[match[2]]

@@ -83,15 +83,15 @@ class Bench:
         import torch
         import transformers
 
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+        log: Any = transformers.utils.logging  # untyped
+        log.set_verbosity_error()
+        log.disable_progress_bar()
         self.torch = torch
         self.job = job
         source, options = locate(job.model)
         say("step", text="loading the model")
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, **options)
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
-        self.model.eval()
 
     def prompt(self, question: str) -> Any:
         """Token ids ``[1, tokens]``; in the model's chat form where it has one."""
