@@ -300,11 +300,11 @@ def open(
 @memoize
 def codec_named(name: str) -> Codec:
     """The codec that a frame names. Raises :class:`CodecError` if nobody knows it."""
-    for known in registry.names("codecs"):
-        codec: Codec = registry.lookup("codecs", known)()
-        if codec.name == name:
-            return codec
-    raise CodecError(f"a frame was written with codec {name!r}, which this kvkeep does not know")
+    try:
+        codec: Codec = registry.lookup("codecs", name)()
+    except ConfigError as error:  # unknown, or its library is not installed: a miss, not a failed request
+        raise CodecError(f"a frame was written with codec {name!r}: {error}") from error
+    return codec
 
 
 def _describe(directory: Path, layout: KVLayout, description: str) -> None:
