@@ -254,6 +254,10 @@ class TieredStore:
 
     def _write(self, batch: list[_Write]) -> None:
         source, target = batch[0].source, batch[0].target
+        known = target.contains_many([write.key for write in batch])
+        batch = [write for write, there in zip(batch, known, strict=True) if not there]
+        if not batch:
+            return
         try:
             with source.store.read([write.key for write in batch]) as values:
                 items: list[Item] = []

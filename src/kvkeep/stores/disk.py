@@ -406,7 +406,8 @@ class DiskStore(Store):
             files = self._files()
             if sum(_footprint(size) for _, size in files) + _footprint(nbytes) > (self.capacity or 0):
                 return False
-            number = files[-1][0] + 1 if files else 0
+            names = [match for name in os.listdir(self.path) if (match := _NAME.fullmatch(name))]
+            number = 1 + max((int(match[1]) for match in names), default=-1)  # beside links and pipes, too
             path = self._data_path(number)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
