@@ -171,7 +171,7 @@ def padded(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, (ids != 0).long()
 
 
-@pytest.mark.parametrize(("lengths", "cached"), [((100, 80), 96 + 76), ((100, 30), 96 + 26), ((60, 60), 48)])
+@pytest.mark.parametrize(("lengths", "cached"), [((100, 80), 84 + 64), ((100, 30), 86 + 16), ((60, 60), 48)])
 def test_a_batch_reuses_its_longest_common_past(cache: Any, lengths: tuple[int, ...], cached: int) -> None:
     model = llama()
     ids, mask = padded(*lengths)
@@ -348,7 +348,7 @@ def test_other_caches_are_left_alone(cache: Any, options: dict[str, Any]) -> Non
         options = {"past_key_values": DynamicCache(offloading=False)}
         options["past_key_values"].offloading = True
         model = attach(llama(), cache)
-        with pytest.raises(AttributeError):  # offloading itself wants an accelerator
+        with pytest.raises(AssertionError):  # offloading itself wants an accelerator
             greedy(model, prompt(40), **options)
     else:
         model = llama()
@@ -574,6 +574,7 @@ def test_another_namespace_does_not_hit(tmp_path: Path) -> None:
     assert found == [0, 64, 0]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks Transformers for an old name
 class TestLora:
     @pytest.fixture
     def peft_model(self) -> Any:

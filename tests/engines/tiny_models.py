@@ -54,5 +54,6 @@ def prompt(length: int, seed: int = 1) -> torch.Tensor:
 
 
 def greedy(model: Any, ids: torch.Tensor, new: int = 12, **options: Any) -> torch.Tensor:
+    options.setdefault("attention_mask", torch.ones_like(ids))  # else token 0 counts as padding
     result: torch.Tensor = model.generate(ids, max_new_tokens=new, do_sample=False, **options)
     return result

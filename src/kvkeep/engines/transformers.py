@@ -306,9 +306,7 @@ class _Attachment:
             target = [(k[row, :, pad:past], None if v is None else v[row, :, pad:past]) for k, v in views]
             stacked = self._stacked(call, len(pads), past)
             sink = ArraySink(call.layout, target if stacked is None else stacked[:, :, row, :, pad:past])
-            short = tokens[row, pad : pad + -(-(past - pad) // size) * size]
-            match = matches[row] if len(short) == matches[row].num_tokens else bound.match(short)
-            with bound.lease(match) as lease:
+            with bound.lease(matches[row].first(-(-(past - pad) // size))) as lease:
                 loaded = min(loaded, pad + bound.load(lease, sink))
         loaded = loaded // unit * unit
         if loaded <= min(pads):

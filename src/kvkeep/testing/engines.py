@@ -174,7 +174,7 @@ class EngineSuite:
         cache.close()
 
     def test_no_room_anywhere(self, tmp_path: Path, expected: list[int]) -> None:
-        cache = self.open(tmp_path, memory=0, disk=0)
+        cache = self.open(tmp_path, memory=4096, disk=0)  # smaller than a block
         engine = self.make(cache)
         for _ in range(2):
             assert engine.generate(self.prompt(), self.new_tokens) == expected
