@@ -79,6 +79,9 @@ class FaultyStore(Store):
     def maintain(self) -> None:
         self.inner.maintain()
 
+    def after_fork(self) -> None:
+        self.inner.after_fork()
+
     def close(self) -> None:
         self.inner.close()
 
