@@ -64,7 +64,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     for key, value in values.items():
         match key:
             case "memory" | "disk":
-                if not isinstance(value, (int, str)):
+                if not isinstance(value, (int, str)) or isinstance(value, bool):
                     raise ConfigError(f'{key} is a size such as 1048576 or "2GiB", not {value!r}')
                 checked[key] = parse_size(value)
             case "block_tokens":
