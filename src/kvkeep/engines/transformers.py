@@ -609,11 +609,13 @@ def _tuners(model: Any) -> dict[str, Any]:
 
 
 def _adapter_of(name: str, tuners: dict[str, Any]) -> tuple[str, Any] | None:
-    """(adapter, its layer) that a tensor belongs to."""
+    """(adapter, its layer) that a tensor or module belongs to: what a layer of PEFT holds by adapter."""
+    if not tuners:
+        return None
     parts = name.split(".")
     for depth in range(len(parts) - 1):
         tuner = tuners.get(".".join(parts[:depth]))
-        if tuner is not None and parts[depth] in tuner.adapter_layer_names:
+        if tuner is not None and hasattr(getattr(tuner, parts[depth], None), "keys"):
             return parts[depth + 1], tuner
     return None
 
