@@ -91,12 +91,24 @@ def parse(data: Buffer) -> tuple[Header, memoryview]:
     view = as_bytes(data)
     if len(view) < HEADER_NBYTES:
         raise FrameError("short", f"{len(view)} bytes are no frame: a header has {HEADER_NBYTES}")
-    magic, version, flags, header_nbytes, payload_nbytes, decoded_nbytes, key, layout, codec, *_ = _STRUCT.unpack_from(
-        view
-    )
+    (
+        magic,
+        version,
+        flags,
+        header_nbytes,
+        payload_nbytes,
+        decoded_nbytes,
+        key,
+        layout,
+        codec,
+        key_id,
+        nonce,
+        reserved,
+        _,
+    ) = _STRUCT.unpack_from(view)
     if magic != MAGIC:
         raise FrameError("magic", "not a kvkeep frame")
-    if version != VERSION or header_nbytes != HEADER_NBYTES or flags:
+    if version != VERSION or header_nbytes != HEADER_NBYTES or flags or any(key_id + nonce + reserved):
         raise FrameError("version", f"frame version {version}, header of {header_nbytes} bytes, flags {flags:#x}")
     if payload_nbytes > MAX_PAYLOAD_NBYTES or decoded_nbytes > MAX_PAYLOAD_NBYTES:
         raise FrameError("size", f"a payload of {payload_nbytes}, decoded {decoded_nbytes}, is above the cap")

@@ -280,6 +280,12 @@ class TieredStore:
 
     def _recode(self, write: _Write, value: memoryview) -> list[Buffer]:
         """The frame in the target's codec. What was decoded from a lossy codec is never encoded again."""
+        try:
+            return self._reframe(write, value)
+        except CodecError as error:
+            raise FrameError("codec", str(error)) from error
+
+    def _reframe(self, write: _Write, value: memoryview) -> list[Buffer]:
         layout, target = write.layout, write.target
         header, payload = frame.parse(value) if write.source.trusted else frame.verify(value)
         frame.check(header, write.key, layout.fingerprint, layout.block_nbytes)
@@ -288,10 +294,7 @@ class TieredStore:
         if codec != target.codec.name and (codec == "raw" or self._codec(codec).lossless):
             if codec != "raw":
                 room = memoryview(bytearray(layout.block_nbytes))
-                try:
-                    self._codec(codec).decode(payload, layout, room)
-                except CodecError as error:
-                    raise FrameError("codec", str(error)) from error
+                self._codec(codec).decode(payload, layout, room)
                 stored = room
             stored = target.codec.encode(stored, layout)
             codec = target.codec.name
