@@ -33,6 +33,7 @@ class _Arrays:
     def __init__(self, layout: KVLayout, arrays: Layers | Any, *, start: int = 0) -> None:
         self._layout = layout
         self._start = start
+        arrays = arrays if hasattr(arrays, "shape") else list(arrays)
         self._keep_alive = arrays  # bits_of() makes views that own nothing
         self._stacked: Array | None = None
         self._layers: list[tuple[Array, Array | None]] = []
@@ -40,8 +41,7 @@ class _Arrays:
             self._stacked = bits_of(arrays, layout)
             self.num_tokens = self._check_stacked(self._stacked)
         else:
-            pairs = list(arrays)
-            self._layers = [(bits_of(k, layout), None if v is None else bits_of(v, layout)) for k, v in pairs]
+            self._layers = [(bits_of(k, layout), None if v is None else bits_of(v, layout)) for k, v in arrays]
             self.num_tokens = self._check_layers()
 
     def _check_stacked(self, array: Array) -> int:
