@@ -87,6 +87,8 @@ def measure(job: Job, progress: Callable[[str], None]) -> list[dict[str, Any]]:
     finally:
         status = process.wait()
         reader.join()
+        process.stdout.close()
+        process.stderr.close()
     if status:
         raise MeasureError("".join(complaints[-12:]).strip() or f"exit status {status}")
     return results
