@@ -262,6 +262,15 @@ def test_an_assistant_may_have_a_cache_too(cache: Any) -> None:
         assert torch.equal(greedy(model, prompt(70), assistant_model=assistant), expected)
 
 
+def test_an_assistant_of_the_models_own_first_layers(cache: Any) -> None:
+    model = llama()
+    expected = greedy(model, prompt(70), assistant_early_exit=1)
+    attach(model, cache)
+    for cached in (0, 64):
+        assert torch.equal(greedy(model, prompt(70), assistant_early_exit=1), expected)
+        assert last(model).cached_tokens == cached
+
+
 def test_chunked_prefill(cache: Any) -> None:
     model = llama()
     expected = greedy(model, prompt(100), prefill_chunk_size=40)
@@ -291,6 +300,21 @@ def test_streaming(cache: Any) -> None:
     assert last(model).cached_tokens == 64
     assert streams[0].tokens == streams[1].tokens
     assert len(streams[0].tokens) == 70 + 12 + 1
+
+
+def test_the_report_is_there_while_tokens_stream(cache: Any) -> None:
+    model = attach(llama(), cache)
+    greedy(model, prompt(70))
+    seen: list[int] = []
+
+    class Watch(Tokens):
+        def put(self, value: torch.Tensor) -> None:
+            if self.tokens:
+                seen.append(last(model).cached_tokens)
+            super().put(value)
+
+    greedy(model, prompt(70), streamer=Watch())
+    assert seen == [64] * 12
 
 
 def test_threads_generate_at_once(cache: Any) -> None:
@@ -530,7 +554,7 @@ def test_other_weights_do_not_hit(cache: Any) -> None:
     assert last(same).cached_tokens == 64
 
 
-@pytest.mark.parametrize("change", ["in_place", "data", "attribute", "dtype", "attention"])
+@pytest.mark.parametrize("change", ["in_place", "data", "attribute", "storage", "half", "attention"])
 def test_a_change_after_attach_is_seen(cache: Any, change: str) -> None:
     model = attach(llama(), cache)
     greedy(model, prompt(70))
@@ -542,8 +566,9 @@ def test_a_change_after_attach_is_seen(cache: Any, change: str) -> None:
         layer.self_attn.k_proj.weight.data += 0.5
     elif change == "attribute":
         layer.input_layernorm.variance_epsilon = 0.5
-    elif change == "dtype":
-        model.double().float()
+    elif change == "half":
+        model.half()
+    elif change == "storage":
         model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data * 1.5
     else:
         model.set_attn_implementation("eager")

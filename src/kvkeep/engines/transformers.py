@@ -70,6 +70,7 @@ _KNOWN_ARGUMENTS = {
     "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict",
     "cache_position",
 }  # fmt: skip
+_PLAIN = (int, float, bool, str)
 _VOLATILE = {"training", "gradient_checkpointing", "max_seq_len_cached"}
 _KNOWN_HOOKS = ("kvkeep.", "transformers.", "torch.", "accelerate.")
 _PROBE_ERRORS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError)
@@ -98,11 +99,12 @@ def attach(model: Model, cache: KVCache, *, exact: bool = False, segment: int = 
         raise ConfigError(f"segment is at least 1 token, not {segment}")
     if _attachment(base) is not None:
         raise ConfigError("this model is attached already: detach(model) first")
-    reason = _unservable(base)
+    attachment = _Attachment(base, cache, segment if exact else 0)
+    reason = _unservable(base) or attachment.identify()
     if reason:
         logger.warning("kvkeep leaves %s alone: %s", type(base).__name__, reason)
         return model
-    _Attachment(base, cache, segment if exact else 0).install()
+    attachment.install()
     return model
 
 
@@ -152,8 +154,7 @@ class _Attachment:
         self._lock = threading.Lock()
         self._state: Any = None
         self._samples: list[np.ndarray[Any, Any]] = []
-        self._bound: tuple[Any, Any] | None = None
-        self._shape: tuple[tuple[LayerGroup, ...], str] | None = None
+        self._bound: tuple[Any, KVLayout | None] = (None, None)
         self._broken = ""
         self._logged: set[str] = set()
         self._staging: memoryview | None = None
@@ -207,6 +208,9 @@ class _Attachment:
                 call.bound, call.layout = self._bind()
             except (KVKeepError, OSError) as error:
                 reason = f"the model cannot be identified: {error}"
+            layers = kwargs["past_key_values"].layers if not reason else []
+            if call.layout is not None and layers and len(layers) != call.layout.num_layers:
+                reason = "the model runs on some of its layers only"  # as an assistant that exits early
             reason = reason or self._broken
         if reason:
             call.over, call.report.stayed_out = True, reason
@@ -457,25 +461,35 @@ class _Attachment:
         """The cache, bound to the model as it is now, and its layout; (None, None) where the model turned out odd."""
         with self._lock:
             state = _state(self.model, self._samples)
-            if self._bound is not None and state == self._state:
+            if state == self._state:
                 return self._bound
-            if self._shape is None:
-                self._shape = self._probe()
-                if self._shape is None:
-                    return None, None
-            groups, dtype = self._shape
-            identity = describe(self.model, kv_dtype=dtype, segment=0, namespace=_namespace(self.cache))
-            size = getattr(self.cache, "block_tokens", 0) or 0
-            layout = KVLayout(identity, groups, dtype, size)
-            if self.segment:
-                self.segment = -(-self.segment // layout.block_tokens) * layout.block_tokens
-                identity = describe(self.model, kv_dtype=dtype, segment=self.segment, namespace=_namespace(self.cache))
-                layout = KVLayout(identity, groups, dtype, size)
-            name = Path(str(self.model.name_or_path)).name or type(self.model).__name__
-            self._bound = self.cache.bind(layout, description=name), layout
+            self._broken = ""
+            shape = self._probe()
+            self._bound = (None, None) if shape is None else self._bind_as(*shape)
             self._samples = _samples(self.model)
             self._state = _state(self.model, self._samples)
             return self._bound
+
+    def _bind_as(self, groups: tuple[LayerGroup, ...], dtype: str) -> tuple[Any, KVLayout]:
+        namespace, size = self.cache.namespace, self.cache.block_tokens
+        layout = KVLayout(describe(self.model, kv_dtype=dtype, namespace=namespace), groups, dtype, size)
+        if self.segment:
+            self.segment = -(-self.segment // layout.block_tokens) * layout.block_tokens
+            identity = describe(self.model, kv_dtype=dtype, segment=self.segment, namespace=namespace)
+            layout = KVLayout(identity, groups, dtype, size)
+        name = Path(str(self.model.name_or_path)).name or type(self.model).__name__
+        return self.cache.bind(layout, description=name), layout
+
+    def identify(self) -> str:
+        """Pay for the identity now, not in the first ``generate``; why the model cannot be served, if so."""
+        device = next(self.model.parameters()).device
+        if self.model.training or torch.is_autocast_enabled(device.type):
+            return ""  # not the state in which it will generate
+        try:
+            self._bind()
+        except (KVKeepError, OSError) as error:
+            return f"the model cannot be identified: {error}"
+        return self._broken
 
     def _probe(self) -> tuple[tuple[LayerGroup, ...], str] | None:
         """The shapes and type of the cache, read off two tiny forwards that also show that no token sees ahead."""
@@ -599,13 +613,14 @@ def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers()
 
 
+def _is_tuner(module: Any) -> bool:
+    """Whether this is a layer of PEFT's; recognised by what its class offers, so that PEFT need not be there."""
+    return hasattr(type(module), "adapter_layer_names") and hasattr(type(module), "active_adapters")
+
+
 def _tuners(model: Any) -> dict[str, Any]:
-    """PEFT's layers by name; recognised by what they offer, so that PEFT need not be there."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if hasattr(module, "adapter_layer_names") and hasattr(module, "active_adapters")
-    }
+    """PEFT's layers by name."""
+    return {name: module for name, module in model.named_modules() if _is_tuner(module)}
 
 
 def _adapter_of(name: str, tuners: dict[str, Any]) -> tuple[str, Any] | None:
@@ -668,25 +683,33 @@ def _attributes(model: Any) -> Iterator[tuple[str, str, str]]:
         plain = _plain_name(name)
         yield plain, "", type(module).__name__
         for key, value in vars(module).items():
-            if isinstance(value, int | float | bool | str) and key not in _VOLATILE and not key.startswith("_"):
+            if type(value) in _PLAIN and key not in _VOLATILE and not key.startswith("_"):
                 yield plain, key, repr(value)
 
 
 def _state(model: Any, samples: list[np.ndarray[Any, Any]]) -> tuple[Any, ...]:
-    """Differs whenever the identity may. Tens of microseconds a layer, no pass over the weights."""
-    tensors = tuple(
-        (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version, tensor.dtype)
-        for _, tensor in _tensors(model)
-    )
-    tuners = tuple(
-        (tuple(t.active_adapters), bool(t.disable_adapters), tuple(getattr(t, "merged_adapters", ())),
-         tuple(tuple(_scales(t, name)) for name in t.active_adapters))
-        for t in _tuners(model).values()
-    )  # fmt: skip
+    """Differs whenever the identity may. One walk over the modules, no pass over the weights: it is on every call."""
+    found: list[Any] = []
+    for module in model.modules():
+        held = vars(module)
+        found.append(type(module))
+        found += [
+            value
+            for key, value in held.items()
+            if type(value) in _PLAIN and key not in _VOLATILE and not key.startswith("_")
+        ]
+        for tensor in (*held["_parameters"].values(), *held["_buffers"].values()):
+            if tensor is not None:
+                version = -1 if tensor.is_inference() else tensor._version
+                found.append((tensor.data_ptr(), version, tensor.dtype))
+        if _is_tuner(module):
+            found += (tuple(module.active_adapters), bool(module.disable_adapters))
+            found.append(tuple(getattr(module, "merged_adapters", ())))
+            found += [tuple(_scales(module, name)) for name in module.active_adapters]
     sample = xxhash.xxh3_128()
     for view in samples:
         sample.update(view.tobytes())
-    return tensors, tuners, tuple(_attributes(model)), model.config._attn_implementation, sample.digest()
+    return tuple(found), model.config._attn_implementation, sample.digest()
 
 
 def _samples(model: Any) -> list[np.ndarray[Any, Any]]:
@@ -845,10 +868,6 @@ def _carve(flat: Any, layout: KVLayout, batch: int, tokens: int) -> list[tuple[A
 def _device_name(model: Any) -> str:
     device = next(model.parameters()).device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _namespace(cache: Any) -> bytes:
-    return bytes(getattr(cache, "namespace", b""))
 
 
 def _base(model: Any) -> Any:
