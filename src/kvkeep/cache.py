@@ -33,8 +33,8 @@ from kvkeep.stores.memory import MemoryStore
 from kvkeep.tier import Tier
 from kvkeep.tiered import BATCH_NBYTES, TieredStore
 
-STAGING_NBYTES = 64 << 20
-"""Memory that a cache without a memory tier keeps for blocks on their way to disk."""
+STAGING_NBYTES = 512 << 20
+"""Memory that a cache without a memory tier may take for blocks on their way to disk; touched only as needed."""
 
 MODELS_FILE = "models.json"
 

@@ -22,6 +22,7 @@ import stat
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -57,7 +58,7 @@ class _Slab:
         self.owned = owned
         self.log_fd = -1
         self.log_at = 0  # bytes of the log that have been replayed
-        self.live: dict[BlockKey, tuple[int, int]] = {}  # key → page, bytes
+        self.live: dict[BlockKey, Location] = {}  # what its log says; the tuples are shared with the store's index
         self.room = Extents(0)
         self.busy = 0  # reads and writes under way: its files stay open
 
@@ -99,7 +100,10 @@ class DiskStore(Store):
         self._slabs: dict[int, _Slab] = {}
         self._own: dict[BlockKey, Location] = {}
         self._foreign: dict[BlockKey, Location] = {}
+        self._reading: Counter[tuple[int, int]] = Counter()  # (slab, page) → reads under way in this process
+        self._deferred: dict[tuple[int, int], int] = {}  # room of deleted values, free once nobody reads them
         self._owner: Owner | None = None
+        self._stamps: dict[BlockKey, int] | None = {}  # only while opening: what is adopted is ordered by age
         self._seen_mtime = -1
         self._next_scan = 0.0
         self._closed = False
@@ -169,6 +173,7 @@ class DiskStore(Store):
             for place in places:
                 if place is not None:
                     place[0].busy += 1
+                    self._reading[place[0].number, place[1]] += 1
         try:
             total = sum(_pages(place[2]) * PAGE for place in places if place is not None)
             with self._pool.borrow(total) as buffer:
@@ -179,7 +184,7 @@ class DiskStore(Store):
             with self._lock:
                 for place in places:
                     if place is not None:
-                        self._done(place[0])
+                        self._read_done(place)
 
     def prefetch(self, keys: Sequence[BlockKey]) -> None:
         with self._lock:
@@ -233,7 +238,10 @@ class DiskStore(Store):
             except OSError as error:
                 # The room is not given back: a log that still names the key must not point at another's bytes.
                 raise StoreError(f"deleting from {self.path}: {error}") from error
-            slab.room.free(page, _pages(nbytes))
+            if (slab.number, page) in self._reading:
+                self._deferred[slab.number, page] = _pages(nbytes)
+            else:
+                slab.room.free(page, _pages(nbytes))
             return True
 
     def attach(self, owner: Owner) -> None:
@@ -312,7 +320,7 @@ class DiskStore(Store):
                 self._log(slab, [(_PUT, place[1], place[2], key) for key, place in fresh])
                 for key, place in fresh:
                     self._own[key] = place
-                    slab.live[key] = place[1:]
+                    slab.live[key] = place
                 for _, page, nbytes in places:
                     if page not in kept:
                         slab.room.free(page, _pages(nbytes))
@@ -343,7 +351,7 @@ class DiskStore(Store):
         stamps = {key: stamp for op, _, _, stamp, key in _records(_read_all(slab.log_fd)) if op == _PUT}
         now = int(self._clock() * 1000)
         lines = [_pack(_HEAD, 0, 0, now, BlockKey(_HEAD_KEY))]
-        lines += [_pack(_PUT, page, n, stamps.get(key, now), key) for key, (page, n) in slab.live.items()]
+        lines += [_pack(_PUT, page, n, stamps.get(key, now), key) for key, (_, page, n) in slab.live.items()]
         data = b"".join(lines)
         path = self._log_path(slab.number)
         temporary = path.with_suffix(".new")
@@ -358,6 +366,16 @@ class DiskStore(Store):
         if slab.log_fd >= 0:
             os.close(slab.log_fd)
         slab.log_fd, slab.log_at = fd, len(data)
+
+    def _take_log(self, slab: _Slab) -> None:
+        """Go on writing an adopted log where its last writer stopped; anew if it is damaged or mostly history."""
+        whole = slab.log_fd >= 0 and os.fstat(slab.log_fd).st_size == slab.log_at > 0
+        if not whole or slab.log_at > RECORD_NBYTES * (2 * len(slab.live) + 256):
+            self._rewrite_log(slab)
+            return
+        fd = os.open(self._log_path(slab.number), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        os.close(slab.log_fd)
+        slab.log_fd = fd
 
     # Slabs
 
@@ -433,7 +451,8 @@ class DiskStore(Store):
     def _adopt_all(self) -> None:
         for slab in list(self._slabs.values()):
             self._adopt(slab)
-        order = self.stamps()
+        order = self._stamps or {}
+        self._stamps = None
         self._own = dict(sorted(self._own.items(), key=lambda item: order.get(item[0], 0)))
 
     def _adopt(self, slab: _Slab) -> bool:
@@ -448,28 +467,29 @@ class DiskStore(Store):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._replay(slab)  # to the end: the last writer is gone
             taken: list[tuple[int, int]] = []
-            live: dict[BlockKey, tuple[int, int]] = {}
-            for key, (page, nbytes) in sorted(slab.live.items(), key=lambda item: item[1]):
+            live: dict[BlockKey, Location] = {}
+            for key, place in sorted(slab.live.items(), key=lambda item: item[1][1:]):
+                _, page, nbytes = place
                 units = _pages(nbytes)
                 if taken and sum(taken[-1]) > page:
                     continue  # two records claim one place, so the log is not to be believed here
                 taken.append((page, units))
-                live[key] = (page, nbytes)
+                live[key] = place
             for key in slab.live:
                 self._foreign.pop(key, None)
             os.close(slab.data_fd)
             slab.data_fd, slab.owned, slab.live = fd, True, live
             slab.room = Extents.around(slab.nbytes // PAGE, taken)
-            self._rewrite_log(slab)
+            self._take_log(slab)
         except OSError:
             if slab.data_fd != fd:
                 os.close(fd)
             return slab.owned
         gained = []
-        for key, (page, nbytes) in live.items():
+        for key, place in live.items():
             if key not in self._own:
-                self._own[key] = (slab, page, nbytes)
-                gained.append((key, nbytes))
+                self._own[key] = place
+                gained.append((key, place[2]))
         if self._owner is not None:
             self._owner.gained(gained)
         return True
@@ -564,18 +584,32 @@ class DiskStore(Store):
             except OSError:
                 return
             if not stat.S_ISREG(os.fstat(slab.log_fd).st_mode):
+                os.close(slab.log_fd)
+                slab.log_fd = -1
                 return
         data = _read_all(slab.log_fd, slab.log_at)
         pages = slab.nbytes // PAGE
-        for op, page, nbytes, _, key in _records(data):
+        for op, page, nbytes, stamp, key in _records(data):
             slab.log_at += RECORD_NBYTES
             if op == _PUT and page + _pages(nbytes) <= pages:
-                slab.live[key] = (page, nbytes)
-                self._foreign[key] = (slab, page, nbytes)
+                slab.live[key] = self._foreign[key] = (slab, page, nbytes)
+                if self._stamps is not None:
+                    self._stamps[key] = stamp
             elif op == _DELETE:
                 slab.live.pop(key, None)
                 if self._foreign.get(key, (None,))[0] is slab:
                     del self._foreign[key]
+
+    def _read_done(self, place: Location) -> None:
+        slab, page, _ = place
+        at = (slab.number, page)
+        self._reading[at] -= 1
+        if not self._reading[at]:
+            del self._reading[at]
+            units = self._deferred.pop(at, None)
+            if units is not None:
+                slab.room.free(page, units)
+        self._done(slab)
 
     def _done(self, slab: _Slab) -> None:
         slab.busy -= 1
