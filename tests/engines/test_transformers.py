@@ -516,7 +516,11 @@ def t5() -> Any:
     )
 
 
-@pytest.mark.parametrize("make", [gemma3, mamba, hybrid, t5])
+def sees_ahead() -> Any:
+    return llama(is_causal=False)
+
+
+@pytest.mark.parametrize("make", [gemma3, mamba, hybrid, t5, sees_ahead])
 @pytest.mark.filterwarnings("ignore")
 def test_state_that_cannot_be_cut_is_left_alone(make: Any, cache: Any, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
