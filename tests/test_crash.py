@@ -134,6 +134,24 @@ def test_a_place_that_cannot_be_a_directory_is_a_clear_error(tmp_path: Path) -> 
         kvkeep.open(tmp_path / "file", disk="8MiB")
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_directory_without_permission_is_a_clear_error(tmp_path: Path) -> None:
+    directory = tmp_path / "locked"
+    directory.mkdir(mode=0o000)
+    child = os.fork()
+    if child == 0:  # root may read everything, so the child becomes nobody
+        status = 1
+        try:
+            if os.getuid() == 0:
+                os.setuid(65534)
+            kvkeep.open(directory, memory="1MiB", disk="8MiB")
+        except kvkeep.StoreError as error:
+            status = 0 if "cannot open" in str(error) and "Permission denied" in str(error) else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_files_are_private_and_links_are_not_followed(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_bytes(b"x" * 8192)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -117,8 +118,13 @@ def tabulate(questions: list[str], results: list[dict[str, Any]]) -> list[Row]:
 
 def show(rows: list[Row], answers: dict[int, str], model: str, console: Console) -> None:
     """The table that a person reads."""
-    table = Table(title=f"{model}: time to first token", caption="× : cold ÷ memory / cold ÷ after a restart")
-    table.add_column("question", overflow="fold")
+    table = Table(
+        title=f"{model}: time to first token",
+        caption="× : cold ÷ memory / cold ÷ after a restart",
+        box=box.SIMPLE_HEAVY,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("question", overflow="fold", min_width=20)
     for heading in ("prompt", "cached", "cold", "memory", "restart", "speed-up", "same answer"):
         table.add_column(heading, justify="right", no_wrap=heading != "same answer")
     for row in rows:
