@@ -19,7 +19,7 @@ TURNS = ("Name three rivers of Europe, and say one thing about each of them.", "
 def main(name: str, directory: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    with kvkeep.open(directory, memory="256MiB", disk="1GiB") as cache:
+    with kvkeep.open(directory, memory="256MiB", disk="1GiB", block_tokens=16) as cache:
         attach(model, cache)
         text = ""
         for turn in TURNS:
