@@ -252,9 +252,11 @@ class DiskStore(Store):
     def maintain(self) -> None:
         """Hand half of the slabs over when another process has asked for some."""
         want = self.path / "want"
-        if self._read_only or self._closed or not want.exists():
+        if self._read_only or self._closed:
             return
-        with self._lock, suppress(OSError):
+        with self._lock, suppress(OSError):  # also a directory that may no longer be read
+            if not want.exists():
+                return
             mine = [slab for slab in self._slabs.values() if slab.owned and not slab.busy]
             for slab in mine[: len(mine) // 2]:
                 self._release(slab)
@@ -562,9 +564,12 @@ class DiskStore(Store):
         with suppress(OSError):
             if os.stat(self.path).st_mtime_ns != self._seen_mtime:
                 self._scan()
-        for slab in self._slabs.values():
-            if not slab.owned:
-                self._replay(slab)
+        try:
+            for slab in self._slabs.values():
+                if not slab.owned:
+                    self._replay(slab)
+        except OSError as error:
+            raise StoreError(f"reading the logs of {self.path}: {error}") from error
 
     def _replay(self, slab: _Slab) -> None:
         """Read on in another's log; from the start if it was replaced."""
