@@ -46,7 +46,15 @@ class CodecError(KVKeepError):
 
 
 class StoreError(KVKeepError):
-    """The medium failed: an I/O error, a dead server, a permission lost."""
+    """The medium failed: an I/O error, a dead server, a permission lost.
+
+    ``cause`` is one word for counters: ``timeout``, ``unreachable``, ``auth``, ``readonly``, ``full``, ``garbage`` (an
+    answer that is none), ``closed``, or ``error`` for everything else.
+    """
+
+    def __init__(self, message: str = "", *, cause: str = "error") -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class StoreFullError(StoreError):

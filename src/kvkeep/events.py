@@ -18,10 +18,11 @@ EVENTS: dict[str, str] = {
     "save": "blocks taken from an engine",
     "put": "blocks written, by tier",
     "dropped": "writes given up, by tier and cause",
-    "evict": "blocks evicted, by tier",
+    "evict": "blocks evicted, by tier; with cause expired: older than the tier's ttl",
     "promote": "blocks copied to a faster tier",
     "corrupt": "stored frames that were not what they should be, by tier and cause",
-    "store_error": "failures of a medium, by tier and operation",
+    "store_error": "failures of a medium, by tier and cause",
+    "restored": "times that a medium came back after it had failed, by tier",
 }
 """Every event there is, with its meaning; metrics take their help texts from here."""
 

@@ -21,7 +21,7 @@ class Access(NamedTuple):
 
     ``now``: seconds, never decreasing. ``position``: the block's index in its prompt. ``prompt_blocks``: the prompt's
     length. ``hit_blocks``: how many of its blocks were cached when the request came. ``parent``: the key of the block
-    before.
+    before. ``priority``: all blocks of a lower one are evicted first; the owner sees to that, policies ignore it.
     """
 
     now: float
@@ -29,6 +29,7 @@ class Access(NamedTuple):
     prompt_blocks: int = 1
     hit_blocks: int = 0
     parent: BlockKey | None = None
+    priority: int = 0
 
 
 class EvictionPolicy(ABC):

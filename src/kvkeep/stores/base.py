@@ -110,6 +110,13 @@ class Store(ABC):
     def prefetch(self, keys: Sequence[BlockKey]) -> None:  # noqa: B027  # a hint: most media ignore it
         """A hint that these will be read soon, in this order. Returns at once."""
 
+    def ping(self) -> None:  # noqa: B027
+        """Does the medium answer? Raises ``StoreError`` if not. Asked in the background after it has failed."""
+
+    def stamps(self) -> dict[BlockKey, float]:
+        """When each value was written, in seconds since 1970, where the medium knows."""
+        return {}
+
     def attach(self, owner: Owner) -> None:
         """Make ``owner`` the one who evicts here, and tell it what is there."""
         owner.gained(list(self.items()))

@@ -73,6 +73,13 @@ class FaultyStore(Store):
         self._any_call()
         return self.inner.items()
 
+    def ping(self) -> None:
+        self._any_call()
+        self.inner.ping()
+
+    def stamps(self) -> dict[BlockKey, float]:
+        return self.inner.stamps()
+
     def attach(self, owner: Owner) -> None:
         self.inner.attach(owner)
 
