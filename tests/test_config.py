@@ -18,7 +18,7 @@ def test_every_key_arrives(tmp_path: Path) -> None:
         "block_tokens = 32\n"
     )
     config = from_file(file)
-    assert config == Config(tmp_path / "kept", 2 << 20, 4 << 20, "sieve", "lossless", 32)
+    assert config == Config(tmp_path / "kept", 2 << 20, 4 << 20, policy="sieve", codec="lossless", block_tokens=32)
     with config.open() as cache:
         assert cache.block_tokens == 32
         assert [tier.name for tier in cache.stats().tiers] == ["memory", "disk"]

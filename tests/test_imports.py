@@ -20,9 +20,10 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("identity", "layout"),
     ("keys",),
     ("stores", "codecs", "policies"),
-    ("frame", "events", "registry", "tier", "trace"),
+    ("frame", "events", "registry", "breaker", "tier", "trace"),
     ("tiered", "flight", "sim"),
     ("cache", "metrics"),
+    ("opening",),
     ("config", "engines", "web"),
     ("cli",),
     ("testing",),
@@ -35,7 +36,20 @@ WITHIN: dict[str, tuple[str, ...]] = {
     "events": ("errors",),
     "registry": ("errors",),
     "frame": ("errors", "buffers", "keys"),
-    "tier": ("errors", "buffers", "identity", "layout", "keys", "stores", "codecs", "policies", "frame", "events"),
+    "breaker": ("errors", "events"),
+    "tier": (
+        "errors",
+        "buffers",
+        "identity",
+        "layout",
+        "keys",
+        "stores",
+        "codecs",
+        "policies",
+        "frame",
+        "events",
+        "breaker",
+    ),
 }
 """Where a module may use less than all of its level and below."""
 

@@ -1,6 +1,6 @@
 """kvkeep keeps what a language model has already read. See :func:`open` and :class:`KVCache`."""
 
-from kvkeep.cache import KVCache, KVSink, KVSource, Match, open
+from kvkeep.cache import KVCache, KVSink, KVSource, Match
 from kvkeep.errors import (
     CodecError,
     ConfigError,
@@ -12,6 +12,7 @@ from kvkeep.errors import (
 from kvkeep.identity import ModelIdentity
 from kvkeep.keys import BlockKey, KeyChain, block_keys
 from kvkeep.layout import KVLayout, LayerGroup
+from kvkeep.opening import open
 
 __version__ = "0.1.0"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 Buffer = bytes | bytearray | memoryview
@@ -25,7 +25,7 @@ def as_bytes(buffer: Buffer) -> memoryview:
     return view.cast("B")
 
 
-def nbytes_of(parts: tuple[Buffer, ...] | list[Buffer]) -> int:
+def nbytes_of(parts: Sequence[Buffer]) -> int:
     """Bytes of a scattered value."""
     return sum(memoryview(part).nbytes for part in parts)
 

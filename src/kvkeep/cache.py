@@ -6,35 +6,25 @@ and a counter says why. Only arguments that do not fit raise (:class:`~kvkeep.er
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import time
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cache as memoize
 from pathlib import Path
 from typing import Any, Protocol
 
-from kvkeep import frame, registry
+from kvkeep import frame
 from kvkeep.buffers import BufferPool
-from kvkeep.codecs.base import Codec
-from kvkeep.errors import CodecError, ConfigError, LayoutError
-from kvkeep.events import Counters, Observer, Observers
+from kvkeep.errors import LayoutError
+from kvkeep.events import Counters, Observer
 from kvkeep.keys import BlockKey, Extra, KeyChain, Tokens
 from kvkeep.layout import KVLayout
 from kvkeep.policies.base import Access
-from kvkeep.sizes import parse_size
 from kvkeep.stores.base import Item
-from kvkeep.stores.disk import DiskStore
-from kvkeep.stores.memory import MemoryStore
 from kvkeep.tier import Tier
 from kvkeep.tiered import BATCH_NBYTES, TieredStore
-
-STAGING_NBYTES = 512 << 20
-"""Memory that a cache without a memory tier may take for blocks on their way to disk; touched only as needed."""
 
 MODELS_FILE = "models.json"
 
@@ -197,29 +187,39 @@ class KVCache:
             raise LayoutError(f"start {start} is no multiple of block_tokens {layout.block_tokens}")
         keys = KeyChain(layout, shard=self.shard).extend(tokens, extra=extra)
         first = start // layout.block_tokens
-        there = self._stored(keys[first:])
-        missing = [at for at, known in enumerate(there, first) if not known]
+        return self.save_keys(keys[first:], source, first=first, parent=keys[first - 1] if first else None)[0]
+
+    def save_keys(
+        self, keys: Sequence[BlockKey], source: KVSource, *, first: int = 0, parent: BlockKey | None = None
+    ) -> tuple[int, int]:
+        """:meth:`save` for who has the keys: those of blocks ``first``, ``first + 1``, … of a prompt.
+
+        Returns how many were taken, and how many of ``keys``, from the front, are kept now.
+        """
+        layout = self._bound()
+        missing = [at for at, known in enumerate(self._stored(keys)) if not known]
         now = time.time()
         taken = 0
         batch = max(1, BATCH_NBYTES // 2 // layout.block_nbytes)
-        hits = missing[0] if missing else len(keys)
+        hits = first + (missing[0] if missing else len(keys))
         for begin in range(0, len(missing), batch):
             indices = missing[begin : begin + batch]
             with self._pool.borrow(len(indices) * layout.block_nbytes) as room:
                 items: list[Item] = []
                 accesses = []
-                for slot, index in enumerate(indices):
+                for slot, at in enumerate(indices):
                     payload = room[slot * layout.block_nbytes : (slot + 1) * layout.block_nbytes]
-                    source.read(index, payload)
-                    head = frame.pack(keys[index], layout.fingerprint, "raw", len(payload), len(payload))
-                    items.append((keys[index], [bytes(head), payload]))
-                    accesses.append(Access(now, index, len(keys), hits, keys[index - 1] if index else None))
+                    source.read(first + at, payload)
+                    head = frame.pack(keys[at], layout.fingerprint, "raw", len(payload), len(payload))
+                    items.append((keys[at], [bytes(head), payload]))
+                    before = keys[at - 1] if at else parent
+                    accesses.append(Access(now, first + at, first + len(keys), hits, before))
                 stored = self.store.save(items, layout, accesses)
             taken += stored
             if stored < len(indices):
                 break  # no room: what would follow could not be found without what is missing
         self._observer.event("save", taken, nbytes=taken * layout.block_nbytes)
-        return taken
+        return taken, missing[taken] if taken < len(missing) else len(keys)
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait for the write-behind; was everything written within ``timeout`` seconds?"""
@@ -242,6 +242,8 @@ class KVCache:
     def _stored(self, keys: Sequence[BlockKey]) -> list[bool]:
         known = [False] * len(keys)
         for tier in self.store.tiers:
+            if not tier.owned:
+                continue  # a request does not wait for a server's answer to save
             known = [a or b for a, b in zip(known, tier.contains_many(keys), strict=True)]
         return known
 
@@ -249,62 +251,6 @@ class KVCache:
         if self.layout is None:
             raise LayoutError("this cache is not bound to a layout: call cache.bind(layout) first")
         return self.layout
-
-
-def open(
-    path: str | os.PathLike[str] | None = None,
-    *,
-    memory: int | str = "1GiB",
-    disk: int | str = "10GiB",
-    policy: str = "lru",
-    codec: str = "raw",
-    namespace: bytes = b"",
-    block_tokens: int = 0,
-    observer: Observer | None = None,
-) -> KVCache:
-    """A cache in memory and, with ``path``, on disk.
-
-    ``memory``, ``disk``: bytes, or a size such as ``"2GiB"``; 0 leaves the tier out. ``policy`` evicts from both,
-    ``codec`` is that of the disk. ``namespace`` is a tenant's secret: other tenants cannot find its blocks.
-    ``block_tokens`` 0 picks the layout's default. Raises :class:`ConfigError` on a wrong option,
-    :class:`~kvkeep.errors.StoreError` if the directory cannot be used at all.
-    """
-    counters = Counters()
-    told: Observer = counters if observer is None else Observers(counters, observer)
-    memory_nbytes, disk_nbytes = parse_size(memory), parse_size(disk) if path is not None else 0
-    if not memory_nbytes and not disk_nbytes:
-        raise ConfigError("a cache without memory and without disk keeps nothing: give memory= or a path and disk=")
-    make_policy = registry.lookup("policies", policy)
-    store = MemoryStore(memory_nbytes or min(STAGING_NBYTES, disk_nbytes))
-    raw = registry.lookup("codecs", "raw")()
-    tiers = [
-        Tier("memory", store, policy=make_policy(store.capacity), codec=raw, observer=told, trusted=True),
-    ]
-    directory = None
-    if disk_nbytes and path is not None:
-        directory = Path(path).expanduser()
-        disk_codec = registry.lookup("codecs", codec)()
-        slabs = DiskStore(directory, capacity=disk_nbytes)
-        tiers.append(Tier("disk", slabs, policy=make_policy(disk_nbytes), codec=disk_codec, observer=told))
-    # Half of memory at most waits to be written: the rest must stay evictable, or a save would find no room.
-    tiered = TieredStore(tiers, codec=codec_named, observer=told, queue_nbytes=min((store.capacity or 0) // 2, 1 << 30))
-    if memory_nbytes:
-        tiered.start()
-    cache = KVCache(
-        tiered, counters=counters, observer=told, namespace=namespace, block_tokens=block_tokens, directory=directory
-    )
-    _at_exit.add(tiered)
-    return cache
-
-
-@memoize
-def codec_named(name: str) -> Codec:
-    """The codec that a frame names. Raises :class:`CodecError` if nobody knows it."""
-    try:
-        codec: Codec = registry.lookup("codecs", name)()
-    except ConfigError as error:  # unknown, or its library is not installed: a miss, not a failed request
-        raise CodecError(f"a frame was written with codec {name!r}: {error}") from error
-    return codec
 
 
 def _describe(directory: Path, layout: KVLayout, description: str) -> None:
@@ -328,12 +274,3 @@ def _describe(directory: Path, layout: KVLayout, description: str) -> None:
     with suppress(OSError):  # only a label
         temporary.write_text(json.dumps(known, indent=1))
         temporary.replace(path)
-
-
-_at_exit: weakref.WeakSet[TieredStore] = weakref.WeakSet()
-
-
-@atexit.register
-def _flush_at_exit() -> None:
-    for store in list(_at_exit):
-        store.close(timeout=30)

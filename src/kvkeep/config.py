@@ -5,27 +5,36 @@
     dir = "~/.cache/kvkeep"
     memory = "2GiB"
     disk = "20GiB"
+    remote = "redis://host:6379/0"
     policy = "lru"
-    codec = "raw"          # of the disk
+    codec = "raw"
+    ttl = "30d"
     block_tokens = 0       # 0: the layout's default
 
-All keys may be left out. A key that does not exist is a :class:`~kvkeep.errors.ConfigError` that names the nearest.
-A namespace is a secret and has no key here: give it to :meth:`Config.open`.
+    [policy]               # or, in place of one value: one for each tier
+    memory = "lru"
+    disk = "sieve"
+
+The keys and their values are those of :func:`kvkeep.open`; all may be left out. A key that does not exist is a
+:class:`~kvkeep.errors.ConfigError` that names the nearest. A namespace is a secret and has no key here: give it to
+:meth:`Config.open`.
 """
 
 from __future__ import annotations
 
 import os
 import tomllib
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from kvkeep import registry
 from kvkeep.cache import KVCache
-from kvkeep.cache import open as open_cache
 from kvkeep.errors import ConfigError
-from kvkeep.sizes import parse_size
+from kvkeep.opening import PerTier, check_per_tier
+from kvkeep.opening import open as open_cache
+from kvkeep.sizes import parse_age, parse_size
 
 VARIABLE = "KVKEEP_CONFIG"
 
@@ -37,21 +46,16 @@ class Config:
     dir: Path = Path("~/.cache/kvkeep")
     memory: int = 1 << 30
     disk: int = 10 << 30
-    policy: str = "lru"
-    codec: str = "raw"
+    remote: str | None = field(default=None, repr=False)  # a URL may hold a password
+    policy: PerTier[str] = "lru"
+    codec: PerTier[str] | None = None
+    ttl: PerTier[float | str | None] = None
     block_tokens: int = 0
 
     def open(self, *, namespace: bytes = b"") -> KVCache:
         """The cache that this describes."""
-        return open_cache(
-            self.dir,
-            memory=self.memory,
-            disk=self.disk,
-            policy=self.policy,
-            codec=self.codec,
-            namespace=namespace,
-            block_tokens=self.block_tokens,
-        )
+        options = {each.name: getattr(self, each.name) for each in fields(self)}
+        return open_cache(options.pop("dir"), namespace=namespace, **options)
 
 
 def from_dict(values: dict[str, Any]) -> Config:
@@ -60,25 +64,36 @@ def from_dict(values: dict[str, Any]) -> Config:
     for key in values:
         if key not in known:
             raise ConfigError(f"there is no option {key!r}; {registry.nearest(key, known)}")
-    checked: dict[str, Any] = {}
-    for key, value in values.items():
-        match key:
-            case "memory" | "disk":
-                if not isinstance(value, (int, str)) or isinstance(value, bool):
-                    raise ConfigError(f'{key} is a size such as 1048576 or "2GiB", not {value!r}')
-                checked[key] = parse_size(value)
-            case "block_tokens":
-                if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                    raise ConfigError(f"block_tokens is a number of tokens, not {value!r}")
-                checked[key] = value
-            case _:
-                if not isinstance(value, str):
-                    raise ConfigError(f"{key} is a text, not {value!r}")
-                checked[key] = Path(value) if key == "dir" else value
-    for key, kind in (("policy", "policies"), ("codec", "codecs")):
-        if key in checked:
-            registry.lookup(kind, checked[key])
-    return Config(**checked)
+    return Config(**{key: _checked(key, value) for key, value in values.items()})
+
+
+def _checked(key: str, value: Any) -> Any:
+    """``value`` in the form that :class:`Config` holds."""
+    match key:
+        case "memory" | "disk":
+            if not isinstance(value, (int, str)) or isinstance(value, bool):
+                raise ConfigError(f'{key} is a size such as 1048576 or "2GiB", not {value!r}')
+            return parse_size(value)
+        case "block_tokens":
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ConfigError(f"block_tokens is a number of tokens, not {value!r}")
+            return value
+        case "policy" | "codec" | "ttl":
+            check_per_tier(key, value)
+            for one in value.values() if isinstance(value, Mapping) else [value]:
+                if key == "ttl" and isinstance(one, (int, float)) and not isinstance(one, bool):
+                    continue
+                if not isinstance(one, str):
+                    raise ConfigError(f"{key} is a text, not {one!r}")
+                if key == "ttl":
+                    parse_age(one)
+                else:
+                    registry.lookup({"policy": "policies", "codec": "codecs"}[key], one)
+            return value
+        case _:
+            if not isinstance(value, str):
+                raise ConfigError(f"{key} is a text, not {'that' if key == 'remote' else repr(value)}")
+            return Path(value) if key == "dir" else value
 
 
 def from_file(path: str | os.PathLike[str]) -> Config:

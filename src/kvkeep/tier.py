@@ -6,12 +6,13 @@ calls its store while it holds its own.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 
+from kvkeep.breaker import Breaker
 from kvkeep.codecs.base import Codec
 from kvkeep.errors import StoreError, StoreFullError, ValueTooLargeError
 from kvkeep.events import Observer
@@ -19,10 +20,8 @@ from kvkeep.keys import BlockKey
 from kvkeep.policies.base import Access, EvictionPolicy
 from kvkeep.stores.base import Item, Store
 
-log = logging.getLogger("kvkeep")
-
-PAUSE_SECONDS = 1.0
-"""How long a tier whose medium failed is left alone: misses at once, then one more try."""
+PolicyFactory = Callable[[int], EvictionPolicy]
+"""Makes a policy for a capacity in bytes."""
 
 
 class Tier:
@@ -33,29 +32,39 @@ class Tier:
         name: str,
         store: Store,
         *,
-        policy: EvictionPolicy | None,
+        policy: PolicyFactory | None,
         codec: Codec,
         observer: Observer,
         trusted: bool = False,
+        ttl: float | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """``trusted``: bytes never left this process, so frames need no seal."""
+        """``trusted``: bytes never left this process, so frames need no seal. ``ttl``: seconds that a block of an
+        owned tier may be kept."""
         self.name = name
         self.store = store
         self.codec = codec
         self.trusted = trusted
-        self._policy = policy
+        self.ttl = ttl
+        self._make_policy = policy
         self._observer = observer
         self._clock = clock
         self._start()
 
     def _start(self) -> None:
+        self.breaker = Breaker(self.name, self._observer)
         self._lock = threading.Lock()
-        self._nbytes: dict[BlockKey, int] = {}  # the ledger: what the policy was told is resident
+        self._nbytes: dict[BlockKey, int] = {}  # the ledger: what the policies were told is resident
+        self._policies: dict[int, EvictionPolicy] = {}  # one for each priority, made when needed
+        self._priority: dict[BlockKey, int] = {}  # of those that have another one than 0
+        self._born: dict[BlockKey, float] = {}  # with a ttl only; oldest first
         self._pins: Counter[BlockKey] = Counter()
-        self._paused_until = 0.0
-        if self._policy is not None:
+        if self.owned:
             self.store.attach(self)
+            if self.ttl is not None:
+                stamps = self.store.stamps()
+                born = {key: stamps.get(key, now) for key, now in self._born.items()}
+                self._born = dict(sorted(born.items(), key=lambda item: item[1]))
 
     # What the store tells its owner
 
@@ -74,17 +83,24 @@ class Tier:
 
     def contains_many(self, keys: Sequence[BlockKey]) -> list[bool]:
         """All no while the medium is out of order."""
-        if not self.available:
+        if not self.breaker.closed:
             return [False] * len(keys)
         try:
-            return self.store.contains_many(keys)
+            there = self.store.contains_many(keys)
         except StoreError as error:
-            self.failed("contains", error)
+            self.breaker.failed("a lookup", error)
             return [False] * len(keys)
+        if self.ttl is not None:
+            now = self._clock()
+            there = [
+                known and self._born.get(key, now) + self.ttl > now for key, known in zip(keys, there, strict=True)
+            ]
+        return there
 
     @property
-    def available(self) -> bool:
-        return time.monotonic() >= self._paused_until
+    def owned(self) -> bool:
+        """Does this process evict here?"""
+        return self._make_policy is not None
 
     @property
     def usage(self) -> tuple[int, int]:
@@ -109,8 +125,13 @@ class Tier:
     def touch(self, accesses: Sequence[tuple[BlockKey, Access]]) -> None:
         with self._lock:
             for key, access in accesses:
-                if self._policy is not None and key in self._nbytes:
-                    self._policy.touch(key, access)
+                if key in self._nbytes:
+                    self._policies[self._priority.get(key, 0)].touch(key, access)
+
+    def wants(self, key: BlockKey, nbytes: int, access: Access) -> bool:
+        """Does the policy think that the block is worth storing?"""
+        with self._lock:
+            return not self.owned or self._policy_of(access.priority).admit(key, nbytes, access)
 
     def put_many(self, items: Sequence[Item], accesses: Sequence[Access], *, pin: bool = False) -> int:
         """Store from the front, evicting as needed; how many are stored. The rest is dropped, and counted.
@@ -122,7 +143,7 @@ class Tier:
         self.pin(pinned)  # a block must not evict its own neighbours
         cause = "unavailable"
         try:
-            while done < len(items) and self.available:
+            while done < len(items) and self.breaker.closed:
                 stored = self.store.put_many(items[done:])
                 with self._lock:
                     for (key, parts), access in zip(items[done : done + stored], accesses[done:], strict=False):
@@ -134,8 +155,8 @@ class Tier:
         except (ValueTooLargeError, StoreFullError):
             cause = "too large"
         except StoreError as error:
-            self.failed("put", error)
-            cause = "store error"
+            self.breaker.failed("a write", error)
+            cause = error.cause
         finally:
             self.unpin(pinned[done:] if pin else pinned)
         nbytes = sum(memoryview(part).nbytes for _, parts in items[:done] for part in parts)
@@ -151,22 +172,23 @@ class Tier:
         try:
             return self.store.delete(key)
         except StoreError as error:
-            self.failed("delete", error)
+            self.breaker.failed("a deletion", error)
             return False
 
-    def failed(self, operation: str, error: StoreError) -> None:
-        """The medium is out of order: leave it alone for a while, and say so once."""
-        if self.available:
-            log.warning(
-                "tier %s: %s failed, so it is left alone for %g s: %s", self.name, operation, PAUSE_SECONDS, error
-            )
-        self._paused_until = time.monotonic() + PAUSE_SECONDS
-        self._observer.event("store_error", tier=self.name, cause=operation)
+    def maintain(self) -> None:
+        """From the background, about once a second: probe what failed, delete what is too old, keep house."""
+        self.breaker.probe(self.store.ping)
+        if self.ttl is not None:
+            oldest = self._clock() - self.ttl
+            with self._lock:
+                expired = list(takewhile(lambda key: self._born[key] <= oldest, self._born))
+            for key in expired:
+                if self.delete(key):
+                    self._observer.event("evict", tier=self.name, cause="expired")
+        self.store.maintain()
 
     def after_fork(self) -> None:
         self.store.after_fork()
-        if self._policy is not None:
-            self._policy = type(self._policy)(self._policy.capacity)
         self._start()
 
     def _evict(self, nbytes: int) -> bool:
@@ -174,7 +196,7 @@ class Tier:
         gone = 0
         while gone < nbytes:
             with self._lock:
-                victim = None if self._policy is None else self._policy.victim(lambda key: key not in self._pins)
+                victim = self._victim()
                 if victim is None:
                     break
                 size = self._nbytes[victim]
@@ -184,11 +206,30 @@ class Tier:
             self._observer.event("evict", nbytes=size, tier=self.name)
         return gone > 0
 
+    def _victim(self) -> BlockKey | None:
+        for priority in sorted(self._policies):
+            victim = self._policies[priority].victim(lambda key: key not in self._pins)
+            if victim is not None:
+                return victim
+        return None
+
+    def _policy_of(self, priority: int) -> EvictionPolicy:
+        policy = self._policies.get(priority)
+        if policy is None:
+            assert self._make_policy is not None
+            policy = self._policies[priority] = self._make_policy(self.store.capacity or 0)
+        return policy
+
     def _insert(self, key: BlockKey, nbytes: int, access: Access) -> None:
-        if self._policy is not None and key not in self._nbytes:
-            self._policy.insert(key, nbytes, access)
+        if self.owned and key not in self._nbytes:
+            self._policy_of(access.priority).insert(key, nbytes, access)
             self._nbytes[key] = nbytes
+            if access.priority:
+                self._priority[key] = access.priority
+            if self.ttl is not None:
+                self._born[key] = self._clock()
 
     def _remove(self, key: BlockKey, *, evicted: bool) -> None:
-        if self._policy is not None and self._nbytes.pop(key, None) is not None:
-            self._policy.remove(key, evicted=evicted)
+        if self._nbytes.pop(key, None) is not None:
+            self._policies[self._priority.pop(key, 0)].remove(key, evicted=evicted)
+            self._born.pop(key, None)

@@ -13,9 +13,10 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from itertools import takewhile
 
 from kvkeep import frame
-from kvkeep.buffers import Buffer, BufferPool
+from kvkeep.buffers import Buffer, BufferPool, nbytes_of
 from kvkeep.codecs.base import Codec
 from kvkeep.errors import CodecError, FrameError, KVKeepError, StoreError
 from kvkeep.events import Observer
@@ -60,6 +61,9 @@ class TieredStore:
         _open.add(self)
 
     def _start(self) -> None:
+        for tier in self.tiers:
+            tier.breaker.on_open = self.start  # somebody has to probe it
+        self._maintain_at = 0.0
         self._pool = BufferPool()
         self._queue: deque[_Write] = deque()
         self._queued = 0  # bytes of the queue, and of what is being written
@@ -126,7 +130,7 @@ class TieredStore:
                     yield at, payload
                 at = end
         except StoreError as error:
-            tier.failed("read", error)
+            tier.breaker.failed("a read", error)
         self._observer.event("load", at - start, nbytes=(at - start) * layout.block_nbytes, tier=tier.name)
         return at
 
@@ -157,13 +161,21 @@ class TieredStore:
         return next((other for other in others if other.contains_many([key])[0]), None)
 
     def save(self, items: Sequence[Item], layout: KVLayout, accesses: Sequence[Access]) -> int:
-        """Put unsealed raw frames into the first tier and queue them for the others; how many were stored."""
+        """Put unsealed raw frames into the first tier and queue them for the others; how many were stored.
+
+        The first tier takes everything if there are others: it is their writes' waiting room.
+        """
         first, lower = self.tiers[0], self.tiers[1:]
+        if not lower:
+            asked = zip(items, accesses, strict=True)
+            wanted = list(takewhile(lambda one: first.wants(one[0][0], nbytes_of(one[0][1]), one[1]), asked))
+            items = [item for item, _ in wanted]
         stored = first.put_many(items, accesses, pin=bool(lower))
         if lower:
             keys = [key for key, _ in items[:stored]]
             for tier in lower:
-                there = tier.contains_many(keys)
+                # A server is asked in the background: the request does not wait for it.
+                there = tier.contains_many(keys) if tier.owned else [False] * len(keys)
                 for key, access, known in zip(keys, accesses, there, strict=False):
                     if not known:
                         first.pin([key])
@@ -247,15 +259,19 @@ class TieredStore:
                     self._queued -= sum(write.nbytes for write in batch)
                     self._writing = False
                     self._wake.notify_all()
-        else:
+        if not batch or time.monotonic() >= self._maintain_at:
             for tier in self.tiers:
-                tier.store.maintain()
+                tier.maintain()
+            self._maintain_at = time.monotonic() + IDLE_SECONDS
         return not self._closed
 
     def _write(self, batch: list[_Write]) -> None:
         source, target = batch[0].source, batch[0].target
         known = target.contains_many([write.key for write in batch])
-        batch = [write for write, there in zip(batch, known, strict=True) if not there]
+        new = [write for write, there in zip(batch, known, strict=True) if not there]
+        batch = [write for write in new if target.wants(write.key, write.nbytes, write.access)]
+        if len(batch) < len(new):
+            self._observer.event("dropped", len(new) - len(batch), tier=target.name, cause="not worth it")
         if not batch:
             return
         try:
@@ -273,7 +289,7 @@ class TieredStore:
                     accesses.append(write.access)
                 stored = target.put_many(items, accesses)
         except StoreError as error:
-            source.failed("read", error)
+            source.breaker.failed("a read", error)
             return
         if target is self.tiers[0]:
             self._observer.event("promote", stored, tier=target.name)

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from kvkeep.cache import KVCache
-from kvkeep.cache import open as open_cache
 from kvkeep.errors import ConfigError
+from kvkeep.opening import open as open_cache
 
 MEMORY = 2 << 30
 DISK = 4 << 30

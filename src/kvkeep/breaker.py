@@ -1,0 +1,73 @@
+"""A circuit breaker: a medium that failed is left alone until a probe in the background finds it well again.
+
+Closed: the medium is spoken to. Open: everything is a miss at once, nobody waits. The probe comes from the thread of
+:class:`kvkeep.tiered.TieredStore`, after a pause that doubles while the medium keeps failing. Each change of state
+is one line in the log ``kvkeep`` and a counter.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from kvkeep.errors import StoreError
+from kvkeep.events import Observer
+
+log = logging.getLogger("kvkeep")
+
+PAUSE_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 30.0
+
+
+class Breaker:
+    """``on_open`` is called when the breaker opens: somebody has to see to it that :meth:`probe` is called."""
+
+    def __init__(self, name: str, observer: Observer) -> None:
+        self.on_open: Callable[[], None] | None = None
+        self._name = name
+        self._observer = observer
+        self._lock = threading.Lock()
+        self._open = False
+        self._pause = PAUSE_SECONDS
+        self._probe_at = 0.0
+        self._closed_at = 0.0
+
+    @property
+    def closed(self) -> bool:
+        return not self._open
+
+    def failed(self, operation: str, error: StoreError) -> None:
+        """The medium did not do as told: open."""
+        self._observer.event("store_error", tier=self._name, cause=error.cause)
+        now = time.monotonic()
+        with self._lock:
+            if self._open:
+                return
+            # A medium that answers the probe and fails again at work is asked less and less often.
+            flaps = now - self._closed_at < 2 * self._pause
+            self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS) if flaps else PAUSE_SECONDS
+            self._probe_at = now + self._pause
+            self._open = True
+        log.warning("tier %s: %s failed (%s), so it is left alone until it is well: %s",
+                    self._name, operation, error.cause, error)  # fmt: skip
+        if self.on_open is not None:
+            self.on_open()
+
+    def probe(self, ping: Callable[[], None]) -> None:
+        """Close if the medium answers. Does nothing while closed or before the pause is over."""
+        if not self._open or time.monotonic() < self._probe_at:
+            return
+        try:
+            ping()
+        except StoreError:
+            with self._lock:
+                self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
+                self._probe_at = time.monotonic() + self._pause
+            return
+        with self._lock:
+            self._open = False
+            self._closed_at = time.monotonic()
+        self._observer.event("restored", tier=self._name)
+        log.warning("tier %s: is back", self._name)

@@ -1,0 +1,146 @@
+"""``kvkeep.open``: from options to tiers."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import weakref
+from collections.abc import Callable, Mapping
+from functools import cache as memoize
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+from kvkeep import registry
+from kvkeep.cache import KVCache
+from kvkeep.codecs.base import Codec
+from kvkeep.errors import CodecError, ConfigError
+from kvkeep.events import Counters, Observer, Observers
+from kvkeep.policies.base import EvictionPolicy
+from kvkeep.sizes import parse_age, parse_size
+from kvkeep.stores.disk import DiskStore
+from kvkeep.stores.memory import MemoryStore
+from kvkeep.tier import Tier
+from kvkeep.tiered import TieredStore
+
+STAGING_NBYTES = 512 << 20
+"""Memory that a cache without a memory tier may take for blocks on their way to disk; touched only as needed."""
+
+TIERS = ("memory", "disk", "remote")
+
+T = TypeVar("T")
+PerTier: TypeAlias = T | Mapping[str, T]
+"""One value for all tiers, or a mapping from a tier's name (:data:`TIERS`) to its value."""
+
+
+def open(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    memory: int | str = "1GiB",
+    disk: int | str = "10GiB",
+    remote: str | None = None,
+    policy: PerTier[str] = "lru",
+    codec: PerTier[str] | None = None,
+    ttl: PerTier[float | str | None] = None,
+    namespace: bytes = b"",
+    block_tokens: int = 0,
+    observer: Observer | None = None,
+) -> KVCache:
+    """A cache in memory, with ``path`` on disk below it, with ``remote`` on a server below that.
+
+    ``path`` is a directory, or the URL of a server (then the same as ``remote``): ``redis://host:6379/0`` and so on,
+    see :mod:`kvkeep.stores.url`. ``memory``, ``disk``: bytes, or a size such as ``"2GiB"``; 0 leaves the tier out.
+
+    These take one value, or one for each tier, as in ``{"memory": "lru", "disk": "fifo"}``: ``policy`` evicts from
+    memory and disk (a server evicts by its own); ``codec`` is what blocks are stored in, by default raw;
+    ``ttl`` is how long a block may be kept, in seconds or as ``"7d"``.
+
+    ``namespace`` is a tenant's secret: other tenants cannot find its blocks. ``block_tokens`` 0 picks the layout's
+    default. Raises :class:`ConfigError` on a wrong option, :class:`~kvkeep.errors.StoreError` if the directory cannot
+    be used at all; a server that is down is not an error.
+    """
+    if isinstance(path, str) and ("://" in path or path.startswith("unix:")):
+        if remote is not None:
+            raise ConfigError("two servers: give the URL as the first argument or as remote=, not both")
+        path, remote = None, path
+    counters = Counters()
+    told: Observer = counters if observer is None else Observers(counters, observer)
+    memory_nbytes, disk_nbytes = parse_size(memory), parse_size(disk) if path is not None else 0
+    if not memory_nbytes and not disk_nbytes and remote is None:
+        raise ConfigError("a cache without any tier keeps nothing: give memory=, a path and disk=, or remote=")
+    names = {"memory": True, "disk": bool(disk_nbytes), "remote": remote is not None}
+    there = [name for name, used in names.items() if used]
+    policies = {name: _policy(_of(policy, name, "lru", "policy")) for name in there if name != "remote"}
+    codecs = {name: registry.lookup("codecs", _of(codec, name, "raw", "codec") or "raw")() for name in there}
+    ttls = {name: _seconds(_of(ttl, name, None, "ttl")) for name in there}
+
+    staging = min(STAGING_NBYTES, disk_nbytes or STAGING_NBYTES)
+    arena = MemoryStore(memory_nbytes or staging)
+    tiers = [
+        Tier("memory", arena, policy=policies["memory"], codec=codecs["memory"], observer=told, trusted=True,
+             ttl=ttls["memory"]),
+    ]  # fmt: skip
+    directory = None
+    if disk_nbytes and path is not None:
+        directory = Path(path).expanduser()
+        slabs = DiskStore(directory, capacity=disk_nbytes)
+        tiers.append(
+            Tier("disk", slabs, policy=policies["disk"], codec=codecs["disk"], observer=told, ttl=ttls["disk"])
+        )
+    if remote is not None:
+        from kvkeep.stores.url import open_store
+
+        server = open_store(remote, ttl=ttls["remote"])
+        tiers.append(Tier("remote", server, policy=None, codec=codecs["remote"], observer=told))
+    # Half of memory at most waits to be written: the rest must stay evictable, or a save would find no room.
+    tiered = TieredStore(tiers, codec=codec_named, observer=told, queue_nbytes=min((arena.capacity or 0) // 2, 1 << 30))
+    if memory_nbytes:
+        tiered.start()
+    _at_exit.add(tiered)
+    return KVCache(
+        tiered, counters=counters, observer=told, namespace=namespace, block_tokens=block_tokens, directory=directory
+    )
+
+
+@memoize
+def codec_named(name: str) -> Codec:
+    """The codec that a frame names. Raises :class:`CodecError` if nobody knows it."""
+    try:
+        codec: Codec = registry.lookup("codecs", name)()
+    except ConfigError as error:  # unknown, or its library is not installed: a miss, not a failed request
+        raise CodecError(f"a frame was written with codec {name!r}: {error}") from error
+    return codec
+
+
+def check_per_tier(option: str, value: Any) -> None:
+    """Raise :class:`ConfigError` if ``value`` is a mapping that names a tier which does not exist."""
+    if isinstance(value, Mapping):
+        for name in value:
+            if name not in TIERS:
+                raise ConfigError(f"{option}: there is no tier {name!r}; {registry.nearest(str(name), list(TIERS))}")
+
+
+def _of(value: PerTier[T], name: str, default: T, option: str) -> T:
+    """What ``value`` says for tier ``name``."""
+    check_per_tier(option, value)
+    return value.get(name, default) if isinstance(value, Mapping) else value
+
+
+def _policy(name: str) -> Callable[[int], EvictionPolicy]:
+    factory: Callable[[int], EvictionPolicy] = registry.lookup("policies", name)
+    return factory
+
+
+def _seconds(ttl: float | str | None) -> float | None:
+    seconds = parse_age(ttl) if isinstance(ttl, str) else ttl
+    if seconds is not None and seconds <= 0:
+        raise ConfigError(f"a ttl of {ttl} keeps nothing: leave it out, or give seconds above 0")
+    return seconds
+
+
+_at_exit: weakref.WeakSet[TieredStore] = weakref.WeakSet()
+
+
+@atexit.register
+def _flush_at_exit() -> None:
+    for store in list(_at_exit):
+        store.close(timeout=30)
