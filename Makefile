@@ -6,12 +6,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.kvkeep-setup
 LOCK := requirements/lock.txt
 
+# vLLM's environment is one of its own: it wants an older Transformers. See docs/engines/vllm.md.
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.kvkeep-setup
+VLLM_LOCK := requirements/lock-vllm.txt
+
 # More threads than cores only costs time, and a busy machine is measured wrongly.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 1)
 export PYTHONUTF8 := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test lint tests tests-model bench wheel clean
+.PHONY: help setup setup-vllm demo test lint tests tests-model bench wheel clean
 
 help:
 	@echo "make setup   create $(VENV) with kvkeep and what demo and tests need"
@@ -45,6 +50,12 @@ tests-model: setup
 
 bench: setup
 	$(BIN)/python -m bench $(ARGS)
+
+setup-vllm: $(VLLM_STAMP)
+
+$(VLLM_STAMP): pyproject.toml $(VLLM_LOCK) requirements/venv-vllm.sh
+	bash requirements/venv-vllm.sh "$(PYTHON)" "$(VLLM_VENV)" "$(VLLM_LOCK)"
+	@touch $@
 
 wheel: setup
 	$(BIN)/python -m build --wheel --outdir dist .
