@@ -60,10 +60,11 @@ SHARED = {"stores.extents", "engines.weights"}
 """Parts of one implementation, or of several, in a file of their own."""
 
 ONLY_IN: dict[str, tuple[str, ...]] = {
-    "torch": ("engines", "cli.measure"),
-    "transformers": ("engines.transformers", "cli.measure"),
+    "torch": ("engines", "cli.measure", "cli.smollm2"),
+    "transformers": ("engines.transformers", "cli.measure", "cli.smollm2"),
     "huggingface_hub": ("engines.transformers", "engines.weights", "cli.demo", "cli.measure"),
     "vllm": ("engines.vllm",),
+    "openai": ("cli",),
     "llama_cpp": ("engines.llamacpp",),
     "redis": ("stores.redis",),
     "zstandard": ("codecs.lossless",),
