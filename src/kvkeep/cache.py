@@ -108,6 +108,7 @@ class KVCache:
         directory: Path | None = None,
         layout: KVLayout | None = None,
         shard: int = 0,
+        priority: int = 0,
     ) -> None:
         self.store = store
         self.counters = counters
@@ -116,11 +117,15 @@ class KVCache:
         self.directory = directory
         self.layout = layout
         self.shard = shard
+        self.priority = priority
         self._observer = observer
         self._pool = BufferPool()
 
-    def bind(self, layout: KVLayout, *, shard: int = 0, description: str = "") -> KVCache:
-        """The same tiers for blocks of ``layout``; ``description`` is what ``kvkeep stats`` calls the model."""
+    def bind(self, layout: KVLayout, *, shard: int = 0, description: str = "", priority: int = 0) -> KVCache:
+        """The same tiers for blocks of ``layout``; ``description`` is what ``kvkeep stats`` calls the model.
+
+        Of what is saved through caches of different ``priority``, the lower goes first, whatever the policy.
+        """
         if self.directory is not None:
             _describe(self.directory, layout, description)
         return KVCache(
@@ -132,13 +137,13 @@ class KVCache:
             directory=self.directory,
             layout=layout,
             shard=shard,
+            priority=priority,
         )
 
     def match(self, tokens: Tokens, *, extra: Iterable[Extra] = ()) -> Match:
         """The longest prefix of ``tokens`` in full blocks that is stored. No side effects but counters."""
         layout = self._bound()
-        chain = KeyChain(layout, shard=self.shard)
-        keys = chain.extend(tokens, extra=extra)
+        keys = self._keys(tokens, extra)
         places = self.store.locate(keys)
         hits = len(places)
         self._observer.event("lookup")
@@ -185,7 +190,7 @@ class KVCache:
         layout = self._bound()
         if start % layout.block_tokens:
             raise LayoutError(f"start {start} is no multiple of block_tokens {layout.block_tokens}")
-        keys = KeyChain(layout, shard=self.shard).extend(tokens, extra=extra)
+        keys = self._keys(tokens, extra)
         first = start // layout.block_tokens
         return self.save_keys(keys[first:], source, first=first, parent=keys[first - 1] if first else None)[0]
 
@@ -213,13 +218,24 @@ class KVCache:
                     head = frame.pack(keys[at], layout.fingerprint, "raw", len(payload), len(payload))
                     items.append((keys[at], [bytes(head), payload]))
                     before = keys[at - 1] if at else parent
-                    accesses.append(Access(now, first + at, first + len(keys), hits, before))
+                    accesses.append(Access(now, first + at, first + len(keys), hits, before, self.priority))
                 stored = self.store.save(items, layout, accesses)
             taken += stored
             if stored < len(indices):
                 break  # no room: what would follow could not be found without what is missing
         self._observer.event("save", taken, nbytes=taken * layout.block_nbytes)
         return taken, missing[taken] if taken < len(missing) else len(keys)
+
+    def pin(self, tokens: Tokens, *, extra: Iterable[Extra] = ()) -> None:
+        """Evict no block of this prompt, stored already or later, until :meth:`unpin`. Pins count; they hold for this
+        process's life and for what it owns: a server evicts by its own rules."""
+        for tier in self.store.tiers:
+            tier.pin(self._keys(tokens, extra))
+
+    def unpin(self, tokens: Tokens, *, extra: Iterable[Extra] = ()) -> None:
+        """Take one :meth:`pin` back."""
+        for tier in self.store.tiers:
+            tier.unpin(self._keys(tokens, extra))
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait for the write-behind; was everything written within ``timeout`` seconds?"""
@@ -246,6 +262,9 @@ class KVCache:
                 continue  # a request does not wait for a server's answer to save
             known = [a or b for a, b in zip(known, tier.contains_many(keys), strict=True)]
         return known
+
+    def _keys(self, tokens: Tokens, extra: Iterable[Extra]) -> list[BlockKey]:
+        return KeyChain(self._bound(), shard=self.shard).extend(tokens, extra=extra)
 
     def _bound(self) -> KVLayout:
         if self.layout is None:

@@ -170,6 +170,8 @@ class TieredStore:
             asked = zip(items, accesses, strict=True)
             wanted = list(takewhile(lambda one: first.wants(one[0][0], nbytes_of(one[0][1]), one[1]), asked))
             items = [item for item, _ in wanted]
+        if first.codec.name != "raw":
+            items = [(key, self._encode(key, parts[1], layout, first.codec)) for key, parts in items]
         stored = first.put_many(items, accesses, pin=bool(lower))
         if lower:
             keys = [key for key, _ in items[:stored]]
@@ -182,6 +184,12 @@ class TieredStore:
                         self._enqueue(_Write(key, layout, layout.block_nbytes, first, tier, access))
             first.unpin(keys)
         return stored
+
+    def _encode(self, key: BlockKey, payload: Buffer, layout: KVLayout, codec: Codec) -> list[Buffer]:
+        """An unsealed frame in ``codec``."""
+        stored = codec.encode(payload, layout)
+        head = frame.pack(key, layout.fingerprint, codec.name, memoryview(stored).nbytes, layout.block_nbytes)
+        return [bytes(head), stored]
 
     def promote(self, keys: Sequence[BlockKey], places: Sequence[Tier], layout: KVLayout, now: float) -> None:
         """Copy what lies below into the first tier, in the background."""

@@ -1,0 +1,158 @@
+"""Time to live, priority, pins, and options that differ by tier."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+import kvkeep
+from blocks import LAYOUT, Sink, Source
+from kvkeep.codecs.raw import Raw
+from kvkeep.events import Counters
+from kvkeep.keys import BlockKey, block_keys
+from kvkeep.policies.base import Access
+from kvkeep.policies.lru import LRU
+from kvkeep.stores.disk import DiskStore
+from kvkeep.stores.memory import MemoryStore
+from kvkeep.tier import Tier
+
+BLOCK = LAYOUT.block_nbytes
+
+
+def prompt(seed: int, blocks: int = 4) -> list[int]:
+    return [seed * 100_000 + at for at in range(16 * blocks)]
+
+
+def stored(cache: kvkeep.KVCache, tokens: list[int]) -> int:
+    return cache.match(tokens).num_blocks
+
+
+def fill(tier: Tier, keys: list[BlockKey], now: float, *, priority: int = 0) -> int:
+    items = [(key, [bytes(BLOCK)]) for key in keys]
+    return tier.put_many(items, [Access(now, priority=priority)] * len(keys))
+
+
+def test_a_block_older_than_its_ttl_is_neither_found_nor_kept() -> None:
+    clock = [1000.0]
+    counters = Counters()
+    tier = Tier("memory", MemoryStore(1 << 20), policy=LRU, codec=Raw(), observer=counters, ttl=60,
+                clock=lambda: clock[0])  # fmt: skip
+    old, new = block_keys(LAYOUT, prompt(1)), block_keys(LAYOUT, prompt(2))
+    fill(tier, old, clock[0])
+    clock[0] += 40
+    fill(tier, new, clock[0])
+    assert all(tier.contains_many(old + new))
+    clock[0] += 21
+    assert tier.contains_many(old + new) == [False] * 4 + [True] * 4
+    tier.maintain()
+    assert sorted(key for key, _ in tier.store.items()) == sorted(new)
+    assert counters.count("evict", cause="expired") == 4
+    assert tier.usage[0] == 4
+
+
+def test_the_age_on_disk_survives_a_restart(tmp_path: Path) -> None:
+    clock = [1000.0]
+
+    def opened() -> Tier:
+        store = DiskStore(tmp_path, capacity=1 << 20, clock=lambda: clock[0])
+        return Tier("disk", store, policy=LRU, codec=Raw(), observer=Counters(), ttl=60, clock=lambda: clock[0])
+
+    keys = block_keys(LAYOUT, prompt(1))
+    tier = opened()
+    fill(tier, keys[:2], clock[0])
+    clock[0] += 50
+    fill(tier, keys[2:], clock[0])
+    tier.store.close()
+    clock[0] += 20
+    tier = opened()
+    assert tier.contains_many(keys) == [False, False, True, True]
+    tier.maintain()
+    assert {key for key, _ in tier.store.items()} == set(keys[2:])
+    tier.store.close()
+
+
+def test_a_lower_priority_goes_first_whatever_the_policy_says() -> None:
+    counters = Counters()
+    tier = Tier("memory", MemoryStore(8 * BLOCK), policy=LRU, codec=Raw(), observer=counters)
+    precious, plain = block_keys(LAYOUT, prompt(1)), block_keys(LAYOUT, prompt(2))
+    later = block_keys(LAYOUT, prompt(3))
+    fill(tier, precious, 1.0, priority=5)
+    fill(tier, plain, 2.0)
+    assert fill(tier, later, 3.0) == 4
+    assert tier.contains_many(precious + plain) == [True] * 4 + [False] * 4
+    assert fill(tier, plain, 4.0, priority=7) == 4
+    assert not any(tier.contains_many(later))
+    assert fill(tier, later, 5.0, priority=7) == 4
+    assert not any(tier.contains_many(precious))
+
+
+def test_pinned_prompts_stay_until_they_are_unpinned() -> None:
+    with kvkeep.open(memory=16 * (BLOCK + 192)) as root:
+        cache = root.bind(LAYOUT)
+        cache.pin(prompt(1))
+        cache.save(prompt(1), Source(prompt(1)))
+        for seed in range(2, 12):
+            cache.save(prompt(seed), Source(prompt(seed)))
+        assert stored(cache, prompt(1)) == 4
+        cache.unpin(prompt(1))
+        for seed in range(12, 22):
+            cache.save(prompt(seed), Source(prompt(seed)))
+        assert stored(cache, prompt(1)) == 0
+
+
+def test_priority_of_a_bound_cache() -> None:
+    with kvkeep.open(memory=16 * (BLOCK + 192)) as root:
+        system, others = root.bind(LAYOUT, priority=1), root.bind(LAYOUT)
+        system.save(prompt(1), Source(prompt(1)))
+        for seed in range(2, 12):
+            others.save(prompt(seed), Source(prompt(seed)))
+        assert stored(others, prompt(1)) == 4
+
+
+@pytest.mark.parametrize("codec", ["lossless", {"memory": "lossless"}, {"memory": "lossless", "disk": "raw"}])
+def test_each_tier_has_its_codec(tmp_path: Path, codec: str | dict[str, str]) -> None:
+    tokens = prompt(1, 8)
+    with kvkeep.open(tmp_path, memory="4MiB", disk="8MiB", codec=codec) as root:
+        cache = root.bind(LAYOUT)
+        assert cache.save(tokens, Source(tokens)) == 8
+        assert root.flush(10)
+        for tier in root.store.tiers:
+            with tier.store.read([key for key, _ in tier.store.items()][:1]) as (value,):
+                assert value is not None
+                name = bytes(value[96:112]).rstrip(b"\0").decode()
+            assert name == (codec if isinstance(codec, str) else codec.get(tier.name, "raw"))
+        sink = Sink()
+        with cache.lease(cache.match(tokens)) as lease:
+            cache.load(lease, sink)
+        assert sink.check(tokens) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"policy": {"dsik": "lru"}}, "did you mean 'disk'"),
+        ({"codec": {"memory": "rwa"}}, "did you mean 'raw'"),
+        ({"ttl": "soon"}, "is no age"),
+        ({"ttl": 0}, "keeps nothing"),
+        ({"memory": 0}, "without any tier"),
+    ],
+)
+def test_a_wrong_option_is_named(options: dict[str, object], said: str) -> None:
+    with pytest.raises(kvkeep.ConfigError, match=said):
+        kvkeep.open(**options)  # type: ignore[arg-type]
+
+
+def test_ttl_of_an_open_cache(tmp_path: Path) -> None:
+    with kvkeep.open(tmp_path, memory="4MiB", disk="8MiB", ttl={"memory": "1d", "disk": 0.5}) as root:
+        cache = root.bind(LAYOUT)
+        cache.save(prompt(1), Source(prompt(1)))
+        assert root.flush(10)
+        memory, disk = root.store.tiers
+        keys = block_keys(LAYOUT, prompt(1))
+        end = time.monotonic() + 20
+        while any(disk.contains_many(keys)) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not any(disk.contains_many(keys))
+        assert all(memory.contains_many(keys))
