@@ -28,8 +28,9 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml $(LOCK) requirements/venv.sh
+$(STAMP): pyproject.toml $(LOCK) requirements/venv.sh requirements/servers.sh
 	bash requirements/venv.sh "$(PYTHON)" "$(VENV)" "$(LOCK)"
+	bash requirements/servers.sh
 	@touch $@
 
 demo: setup

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+pytest_plugins = ["kvkeep.testing.servers"]
+
 settings.register_profile(
     "kvkeep",
     derandomize=True,

@@ -20,7 +20,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("identity", "layout"),
     ("keys",),
     ("stores", "codecs", "policies"),
-    ("frame", "events", "registry", "breaker", "tier", "trace"),
+    ("frame", "events", "crypt", "registry", "breaker", "tier", "trace"),
     ("tiered", "flight", "sim"),
     ("cache", "metrics"),
     ("opening",),
@@ -56,7 +56,7 @@ WITHIN: dict[str, tuple[str, ...]] = {
 SIBLINGS = ("stores", "codecs", "policies", "engines")
 """Folders whose modules never import one another, but for ``base`` and what is named here."""
 
-SHARED = {"stores.extents", "engines.weights"}
+SHARED = {"stores.extents", "stores.redis_wire", "stores.redis_servers", "stores.redis_cluster", "engines.weights"}
 """Parts of one implementation, or of several, in a file of their own."""
 
 ONLY_IN: dict[str, tuple[str, ...]] = {
@@ -66,8 +66,10 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "vllm": ("engines.vllm",),
     "openai": ("cli",),
     "llama_cpp": ("engines.llamacpp",),
-    "redis": ("stores.redis",),
+    "redis": ("stores.redis", "stores.redis_servers", "stores.redis_cluster", "stores.redis_wire", "testing"),
     "zstandard": ("codecs.lossless",),
+    "cryptography": ("crypt",),
+    "pandas": ("sim",),
     "typer": ("cli",),
     "rich": ("cli",),
     "click": ("cli",),

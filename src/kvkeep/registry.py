@@ -28,6 +28,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     "stores": {
         "memory": "kvkeep.stores.memory:MemoryStore",
         "disk": "kvkeep.stores.disk:DiskStore",
+        "redis": "kvkeep.stores.redis:RedisStore",
     },
 }
 

@@ -1,0 +1,372 @@
+"""Redis and Valkey: values as whole frames, for every process and machine that can reach the server.
+
+::
+
+    PREFIX:{KEY}            a value of at most 4 MiB, as it is
+    PREFIX:{KEY}            or a manifest: magic, the value's bytes, the xxh3-128 of each part
+    PREFIX:{KEY}:DIGEST     a part of 4 MiB: larger values cost a server two to three times as much a byte
+
+KEY and DIGEST are hexadecimal; the braces keep a value's parts in one slot of a cluster. A part's name is its content,
+so two writers never mix parts. It expires after ten minutes unless the manifest, which is written last, has been
+accepted: a value is visible only when it is whole. Nothing outside ``PREFIX:`` is touched.
+
+The server evicts (``maxmemory`` with ``allkeys-lru``); this store has no capacity. Every call has a deadline, and
+every failure is a :class:`~kvkeep.errors.StoreError` with a cause.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import xxhash
+
+from kvkeep.buffers import Buffer, BufferPool, as_bytes, nbytes_of
+from kvkeep.errors import ConfigError, StoreError, ValueTooLargeError
+from kvkeep.keys import BlockKey
+from kvkeep.stores.base import Item, Store
+from kvkeep.stores.redis_cluster import Cluster
+from kvkeep.stores.redis_servers import CONNECT_SECONDS, OPTIONS, Server, connect, failure, parse
+from kvkeep.stores.redis_wire import Wire, outcome, pack, word
+
+__all__ = ["RedisStore", "connect"]
+
+PART_NBYTES = 4 << 20
+LARGEST_NBYTES = (1 << 30) + (1 << 20)
+"""Of a value in parts: a frame's largest payload, and room for a header."""
+
+MAGIC = b"kvkeep parts 1\r\n"
+_MANIFEST = struct.Struct("<16sQ")
+_DIGEST_NBYTES = 16
+MANIFEST_NBYTES = _MANIFEST.size + _DIGEST_NBYTES * -(-LARGEST_NBYTES // PART_NBYTES)
+
+PART_SECONDS = 600
+"""How long parts wait for their manifest."""
+
+DEPTH = 2
+"""Values asked for ahead: deeper pipelines of large values cost Redis 7 more a byte."""
+
+SCAN_COUNT = 1000
+
+
+class RedisStore(Store):
+    """``RedisStore("redis://host:6379/0", ttl=3600)``; an option may also stand in the address: ``?ttl=3600``."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        prefix: str = "kvkeep",
+        ttl: float | None = None,
+        lookup_timeout: float = 0.05,
+        load_timeout: float = 0.1,
+        save_timeout: float = 2.0,
+        connect_timeout: float = CONNECT_SECONDS,
+        rate: float = 50e6,
+    ) -> None:
+        """``ttl``: seconds a value lives, for ever if None. A lookup has ``lookup_timeout`` seconds, a load or a save
+        its own, and what its bytes take at ``rate`` bytes a second. ``connect_timeout`` is for what happens in the
+        background."""
+        if not re.fullmatch(r"[A-Za-z0-9._:/-]+", prefix):
+            raise ConfigError(f"prefix {prefix!r}: letters, digits and . _ : / - only")
+        for name, seconds in (("lookup_timeout", lookup_timeout), ("load_timeout", load_timeout),
+                              ("save_timeout", save_timeout), ("connect_timeout", connect_timeout),
+                              ("rate", rate), ("ttl", 1.0 if ttl is None else ttl)):  # fmt: skip
+            if not seconds > 0:
+                raise ConfigError(f"{name} is above 0")
+        self.prefix = prefix
+        self._ttl = None if ttl is None else max(1, round(ttl * 1000))
+        self._lookup_timeout, self._load_timeout, self._save_timeout = lookup_timeout, load_timeout, save_timeout
+        self._connect_timeout, self._rate = connect_timeout, rate
+        address = parse(url)
+        self._where = str(address)
+        self._servers = (Cluster if address.kind == "cluster" else Server)(address, connect_timeout)
+        self._head = prefix.encode() + b":{"
+        self._pool = BufferPool()
+        self._closed = False
+        _open.add(self)
+
+    @classmethod
+    def from_url(cls, url: str) -> RedisStore:
+        options: dict[str, Any] = {}
+        for name, text in parse(url).options.items():
+            if name == "prefix":
+                options[name] = text
+            elif name in OPTIONS:
+                try:
+                    options[name] = float(text)
+                except ValueError:
+                    raise ConfigError(f"{name} in an address is a number, of seconds or of bytes a second") from None
+        return cls(url, **options)
+
+    def __repr__(self) -> str:
+        return f"RedisStore({self._where}, prefix={self.prefix!r})"
+
+    # Questions
+
+    def contains(self, key: BlockKey) -> bool:
+        return self.contains_many([key])[0]
+
+    def contains_many(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """One round trip a server: EXISTS of each key by hand, 20 times as fast as through a client's pipeline."""
+        self._check_open()
+        if not keys:
+            return []
+        names = self._names(keys)
+        head = b"*2\r\n$6\r\nEXISTS\r\n$%d\r\n" % len(names[0])
+
+        def work(wire: Wire, group: Sequence[int]) -> Sequence[Any]:
+            asked = names if len(group) == len(names) else [names[index] for index in group]
+            wire.send([head + (b"\r\n" + head).join(asked) + b"\r\n"])
+            return [outcome(line) for line in wire.lines(len(group))]
+
+        return [reply == b":1" for reply in self._servers.ask(names, self._lookup_timeout, work)]
+
+    def get(self, key: BlockKey) -> Buffer | None:
+        with self.read([key]) as (value,):
+            return None if value is None else bytes(value)
+
+    def get_many(self, keys: Sequence[BlockKey]) -> list[Buffer | None]:
+        with self.read(keys) as values:
+            return [None if value is None else bytes(value) for value in values]
+
+    @contextmanager
+    def read(self, keys: Sequence[BlockKey]) -> Iterator[list[memoryview | None]]:
+        self._check_open()
+        with ExitStack() as stack:
+            values = self._get(self._names(keys), lambda _, nbytes: stack.enter_context(self._pool.borrow(nbytes)))
+            for at, value in enumerate(values):
+                if value is not None and value[: len(MAGIC)] == MAGIC:
+                    values[at] = self._join(keys[at], value, stack)
+            yield [None if value is None else value.toreadonly() for value in values]
+
+    def items(self) -> Iterator[tuple[BlockKey, int]]:
+        """By SCAN, so without order, and slow on a server that holds much else."""
+        self._check_open()
+        import redis
+
+        found: dict[BlockKey, int] = {}
+        try:
+            # A value's name ends in a brace, a part's does not.
+            scan = self._servers.client.scan_iter(match=self._head + b"*}", count=SCAN_COUNT)
+            names = {name for name in scan if len(name) == len(self._head) + 65}
+        except (redis.RedisError, OSError) as error:
+            raise failure(error) from None
+        listed = sorted(names)
+        for start in range(0, len(listed), SCAN_COUNT):
+            batch = listed[start : start + SCAN_COUNT]
+            sizes = self._tell([pack(b"STRLEN", name) for name in batch], batch, self._save_timeout)
+            for name, line in zip(batch, sizes, strict=True):
+                key = BlockKey(bytes.fromhex(name[len(self._head) : -1].decode()))
+                nbytes = int((line or b":0")[1:])
+                if 0 < nbytes <= MANIFEST_NBYTES:  # perhaps a manifest
+                    manifest = self._manifest(key)
+                    nbytes = nbytes if manifest is None else self._parts(key, manifest)[0]
+                if nbytes:  # else it has vanished meanwhile
+                    found[key] = nbytes
+        return iter(list(found.items()))
+
+    def ping(self) -> None:
+        """Raises :class:`StoreError` unless the servers answer. Connects anew where needed, without haste."""
+        self._check_open()
+        self._servers.ping(self._connect_timeout)
+
+    # Commands
+
+    def put(self, key: BlockKey, parts: Sequence[Buffer]) -> None:
+        self.put_many([(key, parts)])
+
+    def put_many(self, items: Sequence[Item]) -> int:
+        self._check_open()
+        sizes = [nbytes_of(list(parts)) for _, parts in items]
+        if sizes and max(sizes) > LARGEST_NBYTES:
+            raise ValueTooLargeError(f"{max(sizes)} bytes: the largest value is {LARGEST_NBYTES}")
+        whole: list[tuple[bytes, Sequence[Buffer]]] = []
+        for (key, parts), size in zip(items, sizes, strict=True):
+            views = [as_bytes(part) for part in parts]
+            if size > PART_NBYTES or _begins(views, MAGIC):  # what looks like a manifest is never stored as it is
+                self._put_in_parts(key, views)
+            else:
+                whole.append((self._name(key), views))
+        if whole:
+            self._set(whole, self._ttl)
+        return len(items)
+
+    def delete(self, key: BlockKey) -> bool:
+        self._check_open()
+        return self._forget(key, self._manifest(key))
+
+    def after_fork(self) -> None:
+        self._servers.reset()
+        self._pool = BufferPool()
+
+    def close(self) -> None:
+        self._closed = True
+        self._servers.close()
+        _open.discard(self)
+
+    # What they are made of
+
+    def _name(self, key: BlockKey) -> bytes:
+        return self._head + key.hex().encode() + b"}"
+
+    def _names(self, keys: Sequence[BlockKey]) -> list[bytes]:
+        head = self._head.decode()
+        return [f"{head}{key.hex()}}}".encode() for key in keys]
+
+    def _get(self, names: Sequence[bytes], room: Callable[[int, int], memoryview]) -> list[memoryview | None]:
+        """The values of ``names``, received into ``room(index, nbytes)``."""
+
+        def work(wire: Wire, group: Sequence[int]) -> Sequence[Any]:
+            asked = [pack(b"GET", names[index]) for index in group]
+            wire.send(asked[:DEPTH])
+            replies: list[Any] = []
+            for at, index in enumerate(group):
+                reply = wire.bulk(partial(room, index), PART_NBYTES, self._rate)
+                replies.append(outcome(reply) if isinstance(reply, bytes) else reply)
+                if at + DEPTH < len(asked):
+                    wire.send([asked[at + DEPTH]])
+            return replies
+
+        return list(self._servers.ask(names, self._load_timeout, work))
+
+    def _manifest(self, key: BlockKey) -> bytes | None:
+        """The list of parts of ``key``, if it is stored in parts."""
+        name = self._name(key)
+
+        def first(wire: Wire, group: Sequence[int]) -> Sequence[Any]:
+            wire.send([pack(b"GETRANGE", name, b"0", b"%d" % (MANIFEST_NBYTES - 1))])
+            reply = wire.bulk(lambda nbytes: memoryview(bytearray(nbytes)), MANIFEST_NBYTES, self._rate)
+            return [outcome(reply) if isinstance(reply, bytes) else reply]
+
+        (start,) = self._servers.ask([name], self._load_timeout, first)
+        return bytes(start) if start is not None and start[: len(MAGIC)] == MAGIC else None
+
+    def _join(self, key: BlockKey, manifest: Buffer, stack: ExitStack) -> memoryview | None:
+        """The value in parts that ``manifest`` lists. One that has lost a part is forgotten."""
+        nbytes, names = self._parts(key, manifest)
+        out = stack.enter_context(self._pool.borrow(nbytes))
+
+        def room(index: int, found: int) -> memoryview:
+            place = out[index * PART_NBYTES : min(nbytes, (index + 1) * PART_NBYTES)]
+            return place if len(place) == found else stack.enter_context(self._pool.borrow(found))
+
+        got = self._get(names, room)
+        if None in got or sum(len(part) for part in got if part is not None) != nbytes:
+            self._forget(key, manifest)
+            return None
+        return out
+
+    def _parts(self, key: BlockKey, manifest: Buffer) -> tuple[int, list[bytes]]:
+        """Bytes of a value, and the names of its parts."""
+        digests = memoryview(manifest)[_MANIFEST.size :]
+        _, nbytes = _MANIFEST.unpack_from(manifest)
+        if nbytes > LARGEST_NBYTES or len(digests) != _DIGEST_NBYTES * -(-nbytes // PART_NBYTES):
+            raise StoreError(f"a list of parts that is none, at {key.hex()[:16]}", cause="garbage")
+        name = self._name(key)
+        return nbytes, [
+            name + b":" + digests[at : at + _DIGEST_NBYTES].hex().encode()
+            for at in range(0, len(digests), _DIGEST_NBYTES)
+        ]
+
+    def _set(self, values: Sequence[tuple[bytes, Sequence[Buffer]]], milliseconds: int | None) -> list[bytes | None]:
+        """SET … NX of each name, not joining its buffers: ``+OK``, ``$-1`` if it was there, None if it went nowhere."""
+        expiry = b"" if milliseconds is None else b"$2\r\nPX\r\n" + word(b"%d" % milliseconds)
+        words = 4 if milliseconds is None else 6
+        tail = b"\r\n$2\r\nNX\r\n" + expiry
+
+        def work(wire: Wire, group: Sequence[int]) -> Sequence[Any]:
+            buffers: list[Buffer] = []
+            for index in group:
+                name, parts = values[index]
+                buffers += [
+                    b"*%d\r\n$3\r\nSET\r\n%b$%d\r\n" % (words, word(name), nbytes_of(list(parts))),
+                    *parts,
+                    tail,
+                ]
+            wire.send(buffers)
+            return [outcome(line) for line in wire.lines(len(group))]
+
+        total = sum(nbytes_of(list(parts)) for _, parts in values)
+        seconds = self._save_timeout + total / self._rate
+        return list(self._servers.ask([name for name, _ in values], seconds, work))
+
+    def _put_in_parts(self, key: BlockKey, views: Sequence[memoryview]) -> None:
+        name = self._name(key)
+        pieces = list(_cut(views, PART_NBYTES))
+        digests = []
+        for piece in pieces:  # hashed just before it is sent, while it is in the processor's cache
+            state = xxhash.xxh3_128()
+            for view in piece:
+                state.update(view)
+            digests.append(state.digest())
+            self._set([(name + b":" + state.hexdigest().encode(), piece)], PART_SECONDS * 1000)
+        manifest = _MANIFEST.pack(MAGIC, sum(map(len, views))) + b"".join(digests)
+        if self._set([(name, [manifest])], self._ttl) == [b"+OK"]:
+            parts = [name + b":" + digest.hex().encode() for digest in digests]
+            keep = [b"PERSIST"] if self._ttl is None else [b"PEXPIRE", b"%d" % self._ttl]
+            self._tell([pack(keep[0], part, *keep[1:]) for part in parts], parts, self._save_timeout)
+
+    def _forget(self, key: BlockKey, manifest: Buffer | None) -> bool:
+        """Delete ``key``, with its parts where there is a ``manifest``; was it there?"""
+        names = [self._name(key)]
+        if manifest is not None:
+            names += self._parts(key, manifest)[1]
+        replies = self._tell([pack(b"UNLINK", name) for name in names], names, self._save_timeout)
+        return bool(replies[0] == b":1")
+
+    def _tell(self, commands: Sequence[bytes], names: Sequence[bytes], seconds: float) -> Sequence[Any]:
+        """The replies, of one line each, to commands on ``names``."""
+
+        def work(wire: Wire, group: Sequence[int]) -> Sequence[Any]:
+            wire.send([b"".join(commands[index] for index in group)])
+            return [outcome(line) for line in wire.lines(len(group))]
+
+        return self._servers.ask(names, seconds, work)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreError("this store is closed", cause="closed")
+
+
+def _cut(views: Sequence[memoryview], nbytes: int) -> Iterator[list[memoryview]]:
+    """``views``, one after the other, in pieces of ``nbytes``; the last may be shorter."""
+    piece: list[memoryview] = []
+    room = nbytes
+    for view in views:
+        rest = view
+        while len(rest):
+            piece.append(rest[:room])
+            rest = rest[room:]
+            room -= len(piece[-1])
+            if not room:
+                yield piece
+                piece, room = [], nbytes
+    if piece:
+        yield piece
+
+
+def _begins(views: Sequence[memoryview], start: bytes) -> bool:
+    first = b""
+    for view in views:
+        first += view[: len(start) - len(first)]
+        if len(first) == len(start):
+            break
+    return first == start
+
+
+_open: weakref.WeakSet[RedisStore] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for store in list(_open):
+        store.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

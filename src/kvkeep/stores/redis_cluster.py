@@ -1,0 +1,230 @@
+"""A cluster: names go to the node that has their slot.
+
+redis-py reads the cluster's map and knows what follows a failover; the map is read again, in the background, when a
+node fails or redirects. A node that fails is left alone for a second at a time: what lies there is missing, what is
+put there is dropped, and the others go on. Only when none of those asked answers, the question fails.
+"""
+
+from __future__ import annotations
+
+import binascii
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from kvkeep.errors import StoreError
+from kvkeep.stores.redis_servers import Address, Node, Work, client, failure, ping
+from kvkeep.stores.redis_wire import Redirect, Wire, pack
+
+log = logging.getLogger("kvkeep")
+
+REST_SECONDS = 1.0
+MOST_REDIRECTS = 5
+SLOTS = 16384
+
+Place = tuple[str, int]
+
+
+class Cluster:
+    """Does what :class:`kvkeep.stores.redis_servers.Server` does, for many."""
+
+    def __init__(self, address: Address, connect_timeout: float) -> None:
+        self.address = address
+        self._connect_timeout = connect_timeout
+        self._client: Any = None
+        self.reset()
+        self._refresh()
+
+    @property
+    def client(self) -> Any:
+        """redis-py's own. Raises :class:`StoreError` while no node can be reached."""
+        self._map(time.monotonic() + self._connect_timeout)
+        return self._client
+
+    def reset(self) -> None:
+        self._changed = threading.Condition()
+        self._slots: list[Place | None] = []
+        self._nodes: dict[Place, _Shard] = {}
+        self._reading = False
+        self._reads = 0
+        self._error: StoreError | None = None
+        self._closed = False
+
+    def ask(self, names: Sequence[bytes], seconds: float, work: Work) -> Sequence[Any]:
+        deadline = time.monotonic() + seconds
+        slots = self._map(deadline)
+        todo: dict[tuple[Place | None, bool], list[int]] = {}
+        for index, name in enumerate(names):
+            todo.setdefault((slots[slot_of(name)], False), []).append(index)
+        replies: list[Any] = [None] * len(names)
+        for _ in range(MOST_REDIRECTS):
+            todo = self._round(todo, deadline, work, replies)
+            if not todo:
+                return replies
+            self._refresh()
+        raise StoreError("the cluster's nodes send each other's keys in circles", cause="unreachable")
+
+    def _round(
+        self, todo: dict[tuple[Place | None, bool], list[int]], deadline: float, work: Work, replies: list[Any]
+    ) -> dict[tuple[Place | None, bool], list[int]]:
+        """Ask each node once; what has to be asked elsewhere."""
+        again: dict[tuple[Place | None, bool], list[int]] = {}
+        failed: list[StoreError] = []
+        for (place, asking), group in todo.items():
+            try:
+                found = self._ask_node(place, asking, group, deadline, work)
+            except StoreError as error:
+                failed.append(error)
+                if error.cause == "closed":
+                    raise
+                continue
+            for index, reply in zip(group, found, strict=True):
+                if isinstance(reply, Redirect):
+                    host = reply.host or (place[0] if place else "")
+                    again.setdefault(((host, reply.port), reply.asking), []).append(index)
+                else:
+                    replies[index] = reply
+        if failed and len(failed) == len(todo):
+            raise failed[0]
+        return again
+
+    def _ask_node(
+        self, place: Place | None, asking: bool, group: Sequence[int], deadline: float, work: Work
+    ) -> Sequence[Any]:
+        if place is None:
+            self._refresh()
+            raise StoreError("no node of the cluster has this slot", cause="unreachable")
+        shard = self._node(place)
+        if shard.rests_until > time.monotonic():
+            raise StoreError(f"node {shard.node.name} failed a moment ago", cause="unreachable")
+
+        def one_by_one(wire: Wire) -> Sequence[Any]:
+            replies: list[Any] = []
+            for index in group:
+                wire.send([pack(b"ASKING")])
+                wire.lines(1)
+                replies += work(wire, [index])
+            return replies
+
+        try:
+            found = shard.node.exchange(deadline, one_by_one if asking else lambda wire: work(wire, group))
+        except StoreError as error:
+            if not shard.rests_until:
+                log.warning("node %s of the cluster failed (%s), so it is left alone until it is well: %s",
+                            shard.node.name, error.cause, error)  # fmt: skip
+            shard.rests_until = time.monotonic() + REST_SECONDS
+            self._refresh()
+            raise
+        if shard.rests_until:
+            log.warning("node %s of the cluster: is back", shard.node.name)
+            shard.rests_until = 0.0
+        return found
+
+    def ping(self, seconds: float) -> None:
+        """Raises unless every node that has slots answers, by a map that is read now."""
+        deadline = time.monotonic() + seconds
+        self._refresh()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._reading, seconds)
+        failed = []
+        places = {place for place in self._map(deadline) if place}
+        for place in places:
+            try:
+                self._node(place).node.exchange(deadline, ping)
+                self._node(place).rests_until = 0.0
+            except StoreError as error:
+                failed.append(error)
+        if len(failed) == len(places):
+            raise failed[0] if failed else StoreError("no node of the cluster has slots", cause="unreachable")
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            nodes = list(self._nodes.values())
+            self._changed.notify_all()
+        for shard in nodes:
+            shard.node.close()
+
+    def _node(self, place: Place) -> _Shard:
+        with self._changed:
+            if self._closed:
+                raise StoreError("this store is closed", cause="closed")
+            shard = self._nodes.get(place)
+            if shard is None:
+                manager = self._client.nodes_manager
+                host, port = place
+                pool = manager.create_redis_node(host, port, **manager.connection_kwargs).connection_pool
+                shard = _Shard(Node(f"{host}:{port}", lambda: pool.connection_class(**pool.connection_kwargs)))
+                self._nodes[place] = shard
+            return shard
+
+    # The map
+
+    def _map(self, deadline: float) -> list[Place | None]:
+        """The place of each slot."""
+        with self._changed:
+            reads = self._reads
+            while not self._slots:
+                if self._closed:
+                    raise StoreError("this store is closed", cause="closed")
+                if self._error is not None and self._reads > reads:
+                    raise self._error
+                self._refresh()
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._changed.wait(left):
+                    raise self._error or StoreError("no map of the cluster in time", cause="timeout")
+            return self._slots
+
+    def _refresh(self) -> None:
+        """Read the map in the background, unless that is going on."""
+        with self._changed:
+            if self._reading or self._closed:
+                return
+            self._reading = True
+        threading.Thread(target=self._read_map, name="kvkeep-cluster", daemon=True).start()
+
+    def _read_map(self) -> None:
+        import redis
+
+        changed = self._changed  # a fork makes a new one: this thread does not exist there
+        slots: list[Place | None] = []
+        error = None
+        try:
+            if self._client is None:
+                self._client = client(self.address, self._connect_timeout)
+            else:
+                self._client.nodes_manager.initialize()
+            found = self._client.nodes_manager.slots_cache
+            places = {slot: (nodes[0].host, nodes[0].port) for slot, nodes in found.items()}
+            slots = [places.get(slot) for slot in range(SLOTS)]
+        except StoreError as problem:
+            error = problem
+        except (redis.RedisError, OSError, ValueError, IndexError) as problem:  # the last two: a map that is none
+            error = failure(problem)
+        with changed:
+            self._reading = False
+            self._reads += 1
+            self._error = error
+            if slots:
+                self._slots = slots
+            changed.notify_all()
+
+
+class _Shard:
+    """A node, and until when it is left alone: 0.0 while it is well."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.rests_until = 0.0
+
+
+def slot_of(name: bytes) -> int:
+    """The slot of a name, by its hash tag if it has one."""
+    start = name.find(b"{")
+    if start >= 0:
+        end = name.find(b"}", start + 1)
+        if end > start + 1:
+            name = name[start + 1 : end]
+    return binascii.crc_hqx(name, 0) % SLOTS

@@ -1,0 +1,70 @@
+"""``redis://host:6379/0`` and its like: one address, one store.
+
+A scheme names a class with ``from_url``; its module is imported when it is asked for. Other packages add schemes by
+entry points in the group ``kvkeep.stores``, under the scheme's name. An address may hold a password, so no message
+here or in a store repeats one: :func:`shown` is what may be shown.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from kvkeep.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvkeep.stores.base import Store
+
+_REDIS = "kvkeep.stores.redis:RedisStore"
+
+SCHEMES: dict[str, str] = {
+    **{
+        f"{server}{kind}": _REDIS
+        for server in ("redis", "rediss", "valkey", "valkeys")
+        for kind in ("", "+sentinel", "+cluster")
+    },
+    "unix": _REDIS,
+    "redis+unix": _REDIS,
+    "valkey+unix": _REDIS,
+}
+
+
+def open_store(url: str) -> Store:
+    """The store at ``url``. Raises :class:`ConfigError`; a server that cannot be reached is no error here."""
+    store: Store = _class(scheme_of(url)).from_url(url)
+    return store
+
+
+def is_url(text: object) -> bool:
+    """Is it an address rather than a path?"""
+    return isinstance(text, str) and "://" in text
+
+
+def scheme_of(url: str) -> str:
+    scheme, separator, _ = url.partition("://")
+    if not separator:
+        raise ConfigError("an address of a store looks like redis://host:6379/0; this one has no ://")
+    return scheme.lower()
+
+
+def shown(url: str) -> str:
+    """``url`` without user, password and options."""
+    scheme = scheme_of(url)
+    rest = url.partition("://")[2].partition("?")[0]
+    return f"{scheme}://{rest.rpartition('@')[2]}"
+
+
+def _class(scheme: str) -> Any:
+    target = SCHEMES.get(scheme)
+    if target is not None:
+        module, _, name = target.partition(":")
+        return getattr(import_module(module), name)
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group="kvkeep.stores"):
+        if point.name == scheme:
+            return point.load()
+    close = difflib.get_close_matches(scheme, SCHEMES, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}://?" if close else f"known: {', '.join(SCHEMES)}"
+    raise ConfigError(f"no store has addresses that begin with {scheme[:20]}://; {hint}")

