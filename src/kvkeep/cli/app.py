@@ -6,9 +6,12 @@ import typer
 
 from kvkeep.cli.clear import clear
 from kvkeep.cli.demo import demo
+from kvkeep.cli.demo_vllm import demo_vllm
+from kvkeep.cli.replay import replay
 from kvkeep.cli.stats import stats
 from kvkeep.cli.verify import verify
 from kvkeep.cli.version import version
+from kvkeep.cli.vllm_args import vllm_args
 
 app = typer.Typer(
     name="kvkeep",
@@ -17,5 +20,5 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for command in (demo, stats, verify, clear, version):
+for command in (demo, stats, verify, clear, replay, vllm_args, demo_vllm, version):
     app.command()(command)

@@ -1,0 +1,71 @@
+"""A trace in memory: requests in the order of time, each the keys of its prompt's full blocks."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+from kvkeep.errors import ConfigError
+from kvkeep.keys import BlockKey
+
+
+class Request(NamedTuple):
+    """``now``: seconds. ``keys``: of the full blocks. ``num_tokens``: of the prompt, the tail without a block included.
+
+    ``start`` above 0 is no prompt but a save that follows one (decoded tokens): only the blocks from ``start`` on are
+    stored, nothing is looked up or counted, and ``num_tokens`` is 0.
+    """
+
+    now: float
+    keys: tuple[BlockKey, ...]
+    num_tokens: int
+    output_tokens: int = 0
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Trace:
+    """``block_nbytes``: bytes of one block where the trace says so, else 0."""
+
+    name: str
+    block_tokens: int
+    requests: Sequence[Request] = field(repr=False)
+    block_nbytes: int = 0
+
+    @cached_property
+    def unique_blocks(self) -> int:
+        """Different full blocks: a cache of that many never evicts."""
+        return len({key for request in self.requests for key in request.keys})
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(request.num_tokens for request in self.requests)
+
+    @cached_property
+    def num_prompts(self) -> int:
+        return sum(1 for request in self.requests if not request.start)
+
+    @cached_property
+    def accesses(self) -> int:
+        """Full blocks of all prompts."""
+        return sum(len(request.keys) for request in self.requests if not request.start)
+
+    @property
+    def seconds(self) -> float:
+        """From the first request to the last."""
+        return self.requests[-1].now - self.requests[0].now if self.requests else 0.0
+
+
+def merge(traces: Iterable[Trace]) -> Trace:
+    """One trace of several that were taken side by side (by the processes of one service), in the order of time."""
+    parts = list(traces)
+    sizes = {(part.block_tokens, part.block_nbytes) for part in parts}
+    if len(sizes) != 1:
+        tokens = ", ".join(f"{part.name}: {part.block_tokens}" for part in parts)
+        raise ConfigError(f"traces with blocks of different sizes cannot be merged ({tokens} tokens a block)")
+    requests = list(heapq.merge(*(part.requests for part in parts), key=lambda request: request.now))
+    return Trace("+".join(part.name for part in parts), parts[0].block_tokens, requests, parts[0].block_nbytes)
