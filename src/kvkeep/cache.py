@@ -207,6 +207,7 @@ class KVCache:
         taken = 0
         batch = max(1, BATCH_NBYTES // 2 // layout.block_nbytes)
         hits = first + (missing[0] if missing else len(keys))
+        tenant = layout.identity.tenant
         for begin in range(0, len(missing), batch):
             indices = missing[begin : begin + batch]
             with self._pool.borrow(len(indices) * layout.block_nbytes) as room:
@@ -215,7 +216,7 @@ class KVCache:
                 for slot, at in enumerate(indices):
                     payload = room[slot * layout.block_nbytes : (slot + 1) * layout.block_nbytes]
                     source.read(first + at, payload)
-                    head = frame.pack(keys[at], layout.fingerprint, "raw", len(payload), len(payload))
+                    head = frame.pack(keys[at], layout.fingerprint, "raw", len(payload), len(payload), tenant=tenant)
                     items.append((keys[at], [bytes(head), payload]))
                     before = keys[at - 1] if at else parent
                     accesses.append(Access(now, first + at, first + len(keys), hits, before, self.priority))

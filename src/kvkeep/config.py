@@ -9,6 +9,7 @@
     policy = "lru"
     codec = "raw"
     ttl = "30d"
+    encryption = "env:KVKEEP_KEY"  # or "file:/etc/kvkeep.key"; a list: the first encrypts, all decrypt
     block_tokens = 0       # 0: the layout's default
 
     [policy]               # or, in place of one value: one for each tier
@@ -50,6 +51,7 @@ class Config:
     policy: PerTier[str] = "lru"
     codec: PerTier[str] | None = None
     ttl: PerTier[float | str | None] = None
+    encryption: str | list[str] | None = field(default=None, repr=False)  # somebody may put the key itself here
     block_tokens: int = 0
 
     def open(self, *, namespace: bytes = b"") -> KVCache:
@@ -89,6 +91,12 @@ def _checked(key: str, value: Any) -> Any:
                     parse_age(one)
                 else:
                     registry.lookup({"policy": "policies", "codec": "codecs"}[key], one)
+            return value
+        case "encryption":
+            if not isinstance(value, str) and not (
+                isinstance(value, list) and value and all(isinstance(one, str) for one in value)
+            ):
+                raise ConfigError('encryption is "env:NAME" or "file:PATH", or a list of these')
             return value
         case _:
             if not isinstance(value, str):

@@ -5,21 +5,26 @@
     offset  bytes  field
          0      8  magic
          8      2  format version
-        10      2  flags              0
+        10      2  flags              bit 0: encrypted
         12      4  header's bytes     192
         16      8  payload's bytes
         24      8  decoded bytes      of the payload once its codec has been undone
         32     32  key
         64     32  layout fingerprint
         96     16  codec              ASCII, zero-padded; a name never changes its meaning
-       112      8  encryption key id  0: not encrypted
+       112      8  encryption key id  0 unless encrypted, and so are nonce and salt
        120     12  nonce
-       132     44  reserved           0
-       176     16  seal               xxh3-128 of all bytes above and the payload
+       132     16  salt               of the key that is used up to the next salt
+       148     16  tenant             a label that only the namespace's secret leads to; 0: no namespace
+       164     12  reserved           0
+       176     16  seal               xxh3-128 of all bytes above and the payload; 0 in an encrypted frame
 
 All little-endian. A frame is verified whenever its bytes enter the process: whatever differs is a
 :class:`~kvkeep.errors.FrameError` with a cause, and no length in it is believed before it has been compared with the
 bytes at hand. Inside one process a frame may stay *unsealed* (seal 0) until it leaves memory.
+
+An encrypted frame's payload is what AES-256-GCM made of it, the tag last, with the header's first 176 bytes as
+associated data: see :mod:`kvkeep.crypt`. It needs no seal, and none is allowed, so that no bit of it may differ.
 """
 
 from __future__ import annotations
@@ -38,8 +43,11 @@ VERSION = 1
 HEADER_NBYTES = 192
 MAX_PAYLOAD_NBYTES = 1 << 30
 
-_STRUCT = struct.Struct("<8sHHIQQ32s32s16s8s12s44s16s")
-_SEAL_AT = HEADER_NBYTES - 16
+TAG_NBYTES = 16
+ENCRYPTED = 1
+
+_STRUCT = struct.Struct("<8sHHIQQ32s32s16s8s12s16s16s12s16s")
+SEAL_AT = HEADER_NBYTES - 16
 _UNSEALED = bytes(16)
 assert _STRUCT.size == HEADER_NBYTES
 
@@ -53,37 +61,59 @@ CAUSES: dict[str, str] = {
     "size": "a length above the cap, or not that of the layout",
     "checksum": "the seal does not match",
     "codec": "an unknown codec, or a payload that the codec cannot have written",
+    "locked": "encrypted, with a key that is not at hand",
+    "plain": "not encrypted, where only what is encrypted is believed",
 }
 """Why stored bytes were refused."""
 
 
 class Header(NamedTuple):
-    """A frame's parsed header. ``codec`` is its name; the seal has not been looked at."""
+    """A frame's parsed header. ``codec`` is its name; the seal has not been looked at. ``key_id`` is empty, and so are
+    ``nonce`` and ``salt``, unless the payload is encrypted; ``tenant`` is empty without a namespace."""
 
     payload_nbytes: int
     decoded_nbytes: int
     key: BlockKey
     layout: bytes
     codec: str
+    tenant: bytes = b""
+    key_id: bytes = b""
+    nonce: bytes = b""
+    salt: bytes = b""
 
     @property
     def frame_nbytes(self) -> int:
         return HEADER_NBYTES + self.payload_nbytes
 
+    @property
+    def encrypted(self) -> bool:
+        return bool(self.key_id)
 
-def pack(key: BlockKey, layout: bytes, codec: str, payload_nbytes: int, decoded_nbytes: int) -> bytearray:
+
+def pack(
+    key: BlockKey,
+    layout: bytes,
+    codec: str,
+    payload_nbytes: int,
+    decoded_nbytes: int,
+    *,
+    tenant: bytes = b"",
+    key_id: bytes = b"",
+    nonce: bytes = b"",
+    salt: bytes = b"",
+) -> bytearray:
     """An unsealed header."""
     return bytearray(
         _STRUCT.pack(
-            MAGIC, VERSION, 0, HEADER_NBYTES, payload_nbytes, decoded_nbytes, key, layout,
-            codec.encode("ascii"), b"", b"", b"", _UNSEALED,
+            MAGIC, VERSION, ENCRYPTED if key_id else 0, HEADER_NBYTES, payload_nbytes, decoded_nbytes, key, layout,
+            codec.encode("ascii"), key_id, nonce, salt, tenant, b"", _UNSEALED,
         )
     )  # fmt: skip
 
 
 def seal(header: bytearray | memoryview, payload: Buffer) -> None:
     """Write the seal of ``header`` and ``payload`` into ``header``."""
-    header[_SEAL_AT:] = _digest(header, payload)
+    header[SEAL_AT:] = _digest(header, payload)
 
 
 def parse(data: Buffer) -> tuple[Header, memoryview]:
@@ -103,12 +133,17 @@ def parse(data: Buffer) -> tuple[Header, memoryview]:
         codec,
         key_id,
         nonce,
+        salt,
+        tenant,
         reserved,
-        _,
+        sealed,
     ) = _STRUCT.unpack_from(view)
     if magic != MAGIC:
         raise FrameError("magic", "not a kvkeep frame")
-    if version != VERSION or header_nbytes != HEADER_NBYTES or flags or any(key_id + nonce + reserved):
+    encrypted = flags == ENCRYPTED
+    # What contradicts the flag is another format.
+    fits = any(key_id) and not any(sealed) if encrypted else not flags and not any(key_id + nonce + salt)
+    if version != VERSION or header_nbytes != HEADER_NBYTES or not fits or any(reserved):
         raise FrameError("version", f"frame version {version}, header of {header_nbytes} bytes, flags {flags:#x}")
     if payload_nbytes > MAX_PAYLOAD_NBYTES or decoded_nbytes > MAX_PAYLOAD_NBYTES:
         raise FrameError("size", f"a payload of {payload_nbytes}, decoded {decoded_nbytes}, is above the cap")
@@ -119,7 +154,12 @@ def parse(data: Buffer) -> tuple[Header, memoryview]:
         name = codec.rstrip(b"\0").decode("ascii")
     except UnicodeDecodeError:
         raise FrameError("codec", f"codec name {codec!r} is not ASCII") from None
-    header = Header(payload_nbytes, decoded_nbytes, BlockKey(key), layout, name)
+    whose = tenant if any(tenant) else b""
+    if not encrypted:
+        return Header(payload_nbytes, decoded_nbytes, BlockKey(key), layout, name, whose), view[HEADER_NBYTES:]
+    if payload_nbytes < TAG_NBYTES:
+        raise FrameError("short", f"an encrypted payload of {payload_nbytes} bytes has no room for its tag")
+    header = Header(payload_nbytes, decoded_nbytes, BlockKey(key), layout, name, whose, key_id, nonce, salt)
     return header, view[HEADER_NBYTES:]
 
 
@@ -134,15 +174,17 @@ def check(header: Header, key: BlockKey, layout: bytes, decoded_nbytes: int | No
 
 
 def verify(data: Buffer) -> tuple[Header, memoryview]:
-    """:func:`parse`, and the seal."""
+    """:func:`parse`, and the seal. An encrypted frame is ``locked`` to this function."""
     header, payload = parse(data)
+    if header.encrypted:
+        raise FrameError("locked", f"block {header.key.hex()[:16]} is encrypted with key {header.key_id.hex()}")
     view = as_bytes(data)
-    if bytes(view[_SEAL_AT:HEADER_NBYTES]) != _digest(view, payload):
+    if bytes(view[SEAL_AT:HEADER_NBYTES]) != _digest(view, payload):
         raise FrameError("checksum", f"the seal of block {header.key.hex()[:16]} does not match")
     return header, payload
 
 
 def _digest(header: Buffer, payload: Buffer) -> bytes:
-    state = xxhash.xxh3_128(as_bytes(header)[:_SEAL_AT])
+    state = xxhash.xxh3_128(as_bytes(header)[:SEAL_AT])
     state.update(payload)
     return state.digest()

@@ -43,6 +43,11 @@ class ModelIdentity:
         fields = (self.weights, self.kv_dtype, self.rope, self.numerics, *self.adapters)
         return derive(self.namespace, b"kvkeep identity 1", (text.encode() for text in fields))
 
+    @property
+    def tenant(self) -> bytes:
+        """16 bytes that mark a tenant's blocks, for quotas and clearing; empty without a namespace."""
+        return derive(self.namespace, b"kvkeep tenant 1", ())[:16] if self.namespace else b""
+
 
 def derive(secret: bytes, purpose: bytes, parts: Iterable[bytes]) -> bytes:
     """HMAC-SHA-256 of length-prefixed ``parts`` under ``secret``, separated by ``purpose``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache as memoize
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 from kvkeep import registry
 from kvkeep.cache import KVCache
 from kvkeep.codecs.base import Codec
+from kvkeep.crypt import KeySource, open_cipher
 from kvkeep.errors import CodecError, ConfigError
 from kvkeep.events import Counters, Observer, Observers
 from kvkeep.policies.base import EvictionPolicy
@@ -42,6 +43,7 @@ def open(
     codec: PerTier[str] | None = None,
     ttl: PerTier[float | str | None] = None,
     namespace: bytes = b"",
+    encryption: KeySource | Sequence[KeySource] | None = None,
     block_tokens: int = 0,
     observer: Observer | None = None,
 ) -> KVCache:
@@ -54,9 +56,12 @@ def open(
     memory and disk (a server evicts by its own); ``codec`` is what blocks are stored in, by default raw;
     ``ttl`` is how long a block may be kept, in seconds or as ``"7d"``.
 
-    ``namespace`` is a tenant's secret: other tenants cannot find its blocks. ``block_tokens`` 0 picks the layout's
-    default. Raises :class:`ConfigError` on a wrong option, :class:`~kvkeep.errors.StoreError` if the directory cannot
-    be used at all; a server that is down is not an error.
+    ``namespace`` is a tenant's secret: other tenants cannot find its blocks. ``encryption`` encrypts all that leaves
+    memory: ``"env:NAME"``, a file's path, or a callable that returns a key of 32 bytes; of several in a list the first
+    encrypts and all decrypt. ``block_tokens`` 0 picks the layout's default.
+
+    Raises :class:`ConfigError` on a wrong option, :class:`~kvkeep.errors.StoreError` if the directory cannot be used
+    at all; a server that is down is not an error.
     """
     if isinstance(path, str) and ("://" in path or path.startswith("unix:")):
         if remote is not None:
@@ -67,6 +72,7 @@ def open(
     memory_nbytes, disk_nbytes = parse_size(memory), parse_size(disk) if path is not None else 0
     if not memory_nbytes and not disk_nbytes and remote is None:
         raise ConfigError("a cache without any tier keeps nothing: give memory=, a path and disk=, or remote=")
+    cipher = open_cipher(encryption)
     names = {"memory": True, "disk": bool(disk_nbytes), "remote": remote is not None}
     there = [name for name, used in names.items() if used]
     policies = {name: _policy(_of(policy, name, "lru", "policy")) for name in there if name != "remote"}
@@ -92,7 +98,8 @@ def open(
         server = open_store(remote, ttl=ttls["remote"])
         tiers.append(Tier("remote", server, policy=None, codec=codecs["remote"], observer=told))
     # Half of memory at most waits to be written: the rest must stay evictable, or a save would find no room.
-    tiered = TieredStore(tiers, codec=codec_named, observer=told, queue_nbytes=min((arena.capacity or 0) // 2, 1 << 30))
+    queue_nbytes = min((arena.capacity or 0) // 2, 1 << 30)
+    tiered = TieredStore(tiers, codec=codec_named, observer=told, queue_nbytes=queue_nbytes, cipher=cipher)
     if memory_nbytes:
         tiered.start()
     _at_exit.add(tiered)

@@ -6,6 +6,7 @@ calls its store while it holds its own.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -19,6 +20,10 @@ from kvkeep.events import Observer
 from kvkeep.keys import BlockKey
 from kvkeep.policies.base import Access, EvictionPolicy
 from kvkeep.stores.base import Item, Store
+
+log = logging.getLogger("kvkeep")
+
+MAX_HIDDEN = 1 << 16
 
 PolicyFactory = Callable[[int], EvictionPolicy]
 """Makes a policy for a capacity in bytes."""
@@ -59,6 +64,7 @@ class Tier:
         self._priority: dict[BlockKey, int] = {}  # of those that have another one than 0
         self._born: dict[BlockKey, float] = {}  # with a ttl only; oldest first
         self._pins: Counter[BlockKey] = Counter()
+        self._hidden: set[BlockKey] = set()  # are there, but of no use to this process
         if self.owned:
             self.store.attach(self)
             if self.ttl is not None:
@@ -90,6 +96,8 @@ class Tier:
         except StoreError as error:
             self.breaker.failed("a lookup", error)
             return [False] * len(keys)
+        if self._hidden:
+            there = [known and key not in self._hidden for key, known in zip(keys, there, strict=True)]
         if self.ttl is not None:
             now = self._clock()
             there = [
@@ -175,6 +183,16 @@ class Tier:
             self.breaker.failed("a deletion", error)
             return False
 
+    def hide(self, key: BlockKey, why: str) -> None:
+        """Find ``key`` no more, but leave it to others: nobody here can use what is stored."""
+        with self._lock:
+            first = not self._hidden
+            if len(self._hidden) >= MAX_HIDDEN:
+                self._hidden.clear()
+            self._hidden.add(key)
+        if first:
+            log.warning("tier %s: blocks that cannot be used are left alone: %s", self.name, why)
+
     def maintain(self) -> None:
         """From the background, about once a second: probe what failed, delete what is too old, keep house."""
         self.breaker.probe(self.store.ping)
@@ -230,6 +248,7 @@ class Tier:
                 self._born[key] = self._clock()
 
     def _remove(self, key: BlockKey, *, evicted: bool) -> None:
+        self._hidden.discard(key)
         if self._nbytes.pop(key, None) is not None:
             self._policies[self._priority.pop(key, 0)].remove(key, evicted=evicted)
             self._born.pop(key, None)

@@ -13,11 +13,13 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import takewhile
 
 from kvkeep import frame
 from kvkeep.buffers import Buffer, BufferPool, nbytes_of
 from kvkeep.codecs.base import Codec
+from kvkeep.crypt import Cipher
 from kvkeep.errors import CodecError, FrameError, KVKeepError, StoreError
 from kvkeep.events import Observer
 from kvkeep.keys import BlockKey
@@ -47,12 +49,20 @@ class _Write:
 
 
 class TieredStore:
-    """``tiers`` fastest first; ``queue_nbytes`` bounds the write-behind."""
+    """``tiers`` fastest first; ``queue_nbytes`` bounds the write-behind. With a ``cipher``, every tier that is not
+    trusted holds encrypted frames, and no others are believed there."""
 
     def __init__(
-        self, tiers: Sequence[Tier], *, codec: CodecLookup, observer: Observer, queue_nbytes: int = 512 << 20
+        self,
+        tiers: Sequence[Tier],
+        *,
+        codec: CodecLookup,
+        observer: Observer,
+        queue_nbytes: int = 512 << 20,
+        cipher: Cipher | None = None,
     ) -> None:
         self.tiers = list(tiers)
+        self.cipher = cipher
         self._codec = codec
         self._observer = observer
         self._queue_nbytes = queue_nbytes
@@ -137,20 +147,45 @@ class TieredStore:
     def _open_frame(
         self, key: BlockKey, value: memoryview, tier: Tier, layout: KVLayout, room: memoryview
     ) -> memoryview:
-        header, payload = frame.parse(value) if tier.trusted else frame.verify(value)
-        frame.check(header, key, layout.fingerprint, layout.block_nbytes)
-        if header.codec == "raw":
+        header, payload = self._parse(key, value, tier, layout)
+        raw = header.codec == "raw"
+        if header.encrypted and self.cipher is not None:
+            if raw:
+                self.cipher.decrypt(value, layout.identity.namespace, room)
+                return room
+            with self._pool.borrow(len(payload) - frame.TAG_NBYTES) as plain:
+                self.cipher.decrypt(value, layout.identity.namespace, plain)
+                self._decode(header.codec, plain, layout, room)
+            return room
+        if raw:
             if len(payload) != layout.block_nbytes:
                 raise FrameError("size", "a raw payload that is not a block's size")
             return payload
-        try:
-            self._codec(header.codec).decode(payload, layout, room)
-        except (CodecError, KeyError) as error:
-            raise FrameError("codec", str(error)) from error
+        self._decode(header.codec, payload, layout, room)
         return room
 
+    def _parse(self, key: BlockKey, value: memoryview, tier: Tier, layout: KVLayout) -> tuple[frame.Header, memoryview]:
+        """Header and payload of a frame that is ``key``'s; sealed, or else still to be decrypted."""
+        encrypted = self.cipher is not None and not tier.trusted
+        header, payload = frame.parse(value) if encrypted or tier.trusted else frame.verify(value)
+        frame.check(header, key, layout.fingerprint, layout.block_nbytes)
+        if encrypted and not header.encrypted:
+            raise FrameError("plain", f"block {key.hex()[:16]} is not encrypted")
+        return header, payload
+
+    def _decode(self, codec: str, payload: memoryview, layout: KVLayout, room: memoryview) -> None:
+        try:
+            self._codec(codec).decode(payload, layout, room)
+        except (CodecError, KeyError) as error:
+            raise FrameError("codec", str(error)) from error
+
     def _refuse(self, key: BlockKey, tier: Tier, error: FrameError) -> None:
-        """A frame that is not what it should be is deleted; one that vanished meanwhile was merely overwritten."""
+        """A frame that is not what it should be is deleted; one that vanished meanwhile was merely overwritten, and
+        one whose key is elsewhere is left to those who have it."""
+        if error.cause == "locked":
+            tier.hide(key, str(error))
+            self._observer.event("lost", tier=tier.name, cause=error.cause)
+            return
         mine = tier.delete(key)
         self._observer.event(
             "corrupt" if mine else "lost", tier=tier.name, cause=error.cause if mine else "overwritten"
@@ -283,14 +318,14 @@ class TieredStore:
         if not batch:
             return
         try:
-            with source.store.read([write.key for write in batch]) as values:
+            with source.store.read([write.key for write in batch]) as values, ExitStack() as rooms:
                 items: list[Item] = []
                 accesses: list[Access] = []
                 for write, value in zip(batch, values, strict=True):
                     if value is None:
                         continue
                     try:
-                        items.append((write.key, self._recode(write, value)))
+                        items.append((write.key, self._recode(write, value, rooms)))
                     except FrameError as error:
                         self._refuse(write.key, source, error)
                         continue
@@ -302,17 +337,21 @@ class TieredStore:
         if target is self.tiers[0]:
             self._observer.event("promote", stored, tier=target.name)
 
-    def _recode(self, write: _Write, value: memoryview) -> list[Buffer]:
-        """The frame in the target's codec. What was decoded from a lossy codec is never encoded again."""
+    def _recode(self, write: _Write, value: memoryview, rooms: ExitStack) -> list[Buffer]:
+        """The frame in the target's codec. What was decoded from a lossy codec is never encoded again. What is
+        returned may lie in buffers that ``rooms`` holds."""
         try:
-            return self._reframe(write, value)
+            return self._reframe(write, value, rooms)
         except CodecError as error:
             raise FrameError("codec", str(error)) from error
 
-    def _reframe(self, write: _Write, value: memoryview) -> list[Buffer]:
+    def _reframe(self, write: _Write, value: memoryview, rooms: ExitStack) -> list[Buffer]:
         layout, target = write.layout, write.target
-        header, payload = frame.parse(value) if write.source.trusted else frame.verify(value)
-        frame.check(header, write.key, layout.fingerprint, layout.block_nbytes)
+        header, payload = self._parse(write.key, value, write.source, layout)
+        if header.encrypted and self.cipher is not None:
+            plain = rooms.enter_context(self._pool.borrow(len(payload) - frame.TAG_NBYTES))
+            self.cipher.decrypt(value, layout.identity.namespace, plain)
+            payload = plain
         stored: Buffer = payload
         codec = header.codec
         if codec != target.codec.name and (codec == "raw" or self._codec(codec).lossless):
@@ -323,7 +362,10 @@ class TieredStore:
             stored = target.codec.encode(stored, layout)
             codec = target.codec.name
         size = memoryview(stored).nbytes
-        head = frame.pack(write.key, layout.fingerprint, codec, size, layout.block_nbytes)
+        if self.cipher is not None and not target.trusted:
+            sealed = rooms.enter_context(self._pool.borrow(size + frame.TAG_NBYTES))
+            return [self.cipher.encrypt(write.key, layout, codec, stored, sealed), sealed]
+        head = frame.pack(write.key, layout.fingerprint, codec, size, layout.block_nbytes, tenant=header.tenant)
         if not target.trusted:
             frame.seal(head, stored)
         return [bytes(head), stored]

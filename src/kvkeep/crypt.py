@@ -1,0 +1,216 @@
+"""Encryption of what leaves the process: AES-256-GCM, by the ``cryptography`` package.
+
+A user's key never encrypts anything itself. It is drawn out by HKDF-SHA-256 with a random 16-byte salt (and the
+tenant's namespace, so that who has the key alone reads no tenant's blocks) into a *working key*, which encrypts
+65,536 messages under random 96-bit nonces and is then replaced by another salt's. Salt and nonce travel with the
+message. Nothing is counted that a fork, a crash or a restored snapshot could set back, and a repetition needs salt and
+nonce to collide: below 2⁻³² after 2⁴⁸ messages under one key, where random nonces alone allow 2³² messages.
+(NIST SP 800-38D; the same reasoning as XAES-256-GCM, which draws a key for each message.)
+
+Keys have ids, so that several can be known: the first encrypts, all decrypt. An id is drawn from its key by HKDF too.
+"""
+
+from __future__ import annotations
+
+import binascii
+import logging
+import os
+import stat
+import threading
+from base64 import b64decode, urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvkeep import frame
+from kvkeep.buffers import Buffer, as_bytes
+from kvkeep.errors import ConfigError, FrameError
+from kvkeep.frame import TAG_NBYTES
+from kvkeep.identity import derive
+from kvkeep.keys import BlockKey
+from kvkeep.layout import KVLayout
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+log = logging.getLogger("kvkeep")
+
+KEY_NBYTES = 32
+MESSAGES_PER_SALT = 1 << 16
+_READ_KEYS = 4096  # working keys that are kept for reading
+_HEAD = frame.SEAL_AT  # bytes of a frame's header that are authenticated
+_TEXT = b"\x01"  # the form of an encrypted text
+
+KeySource = str | os.PathLike[str] | Callable[[], bytes | str]
+"""``"env:NAME"``, a file's path (``"file:…"`` too), or a callable. Each gives 32 bytes: raw, in hex or in base64."""
+
+_FORMS = "32 bytes: raw, as 64 hex digits, or in base64"
+
+
+class Cipher:
+    """Encrypts with the first of ``keys``, decrypts with all. Thread-safe; also in a forked child."""
+
+    def __init__(self, keys: Sequence[bytes]) -> None:
+        try:
+            from cryptography.exceptions import InvalidTag
+            from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+        except ImportError as error:
+            raise ConfigError("encryption= needs a package: pip install 'kvkeep[encryption]'") from error
+        if not keys or any(len(key) != KEY_NBYTES for key in keys):
+            raise ConfigError(f"an encryption key has {_FORMS}")
+        self._aead: type[AESGCM] = AESGCM
+        self._invalid = InvalidTag
+        self._keys = {_expand(key, b"", b"kvkeep key id 1", 8): key for key in keys}
+        self.key_ids = tuple(self._keys)
+        self._writing: dict[tuple[bytes, bytes], _Writing] = {}
+        self._reading: dict[tuple[bytes, bytes, bytes, bytes], AESGCM] = {}
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"Cipher({', '.join(key_id.hex() for key_id in self.key_ids)})"
+
+    def encrypt(self, key: BlockKey, layout: KVLayout, codec: str, payload: Buffer, out: memoryview) -> bytes:
+        """Fill ``out`` (``payload`` and :data:`~kvkeep.frame.TAG_NBYTES` more); returns the frame's header for it."""
+        key_id, salt, aead = self._to_write(b"kvkeep frame 1", layout.identity.namespace)
+        nonce = os.urandom(12)
+        head = frame.pack(
+            key, layout.fingerprint, codec, len(out), layout.block_nbytes,
+            tenant=layout.identity.tenant, key_id=key_id, nonce=nonce, salt=salt,
+        )  # fmt: skip
+        aead.encrypt_into(nonce, as_bytes(payload), memoryview(head)[:_HEAD], out)
+        return bytes(head)
+
+    def decrypt(self, value: Buffer, namespace: bytes, out: memoryview) -> None:
+        """Fill ``out`` (the payload's bytes less the tag's) with what frame ``value`` holds. ``FrameError``: ``plain``
+        if it is not encrypted, ``locked`` if its key is not here, ``checksum`` if anything in it was changed."""
+        header, payload = frame.parse(value)
+        if not header.encrypted:
+            raise FrameError("plain", f"block {header.key.hex()[:16]} is not encrypted")
+        aead = self._to_read(b"kvkeep frame 1", namespace, header.key_id, header.salt)
+        self._open(aead, header.nonce, payload, as_bytes(value)[:_HEAD], out)
+
+    def encrypt_text(self, text: str, *, context: bytes, namespace: bytes = b"") -> str:
+        """``text`` for a file or an index, in URL-safe ASCII. ``context`` says what it is: it must be given again."""
+        key_id, salt, aead = self._to_write(b"kvkeep text 1", namespace)
+        nonce = os.urandom(12)
+        return urlsafe_b64encode(_TEXT + key_id + salt + nonce + aead.encrypt(nonce, text.encode(), context)).decode()
+
+    def decrypt_text(self, token: str, *, context: bytes, namespace: bytes = b"") -> str:
+        """What :meth:`encrypt_text` made ``token`` of. ``FrameError`` as in :meth:`decrypt`, ``plain`` for any text
+        that it did not make."""
+        try:
+            data = urlsafe_b64decode(token.encode("ascii"))
+        except (ValueError, UnicodeEncodeError) as error:
+            raise FrameError("plain", "a text that is not encrypted") from error
+        if data[:1] != _TEXT or len(data) < 37 + TAG_NBYTES:
+            raise FrameError("plain", "a text that is not encrypted")
+        aead = self._to_read(b"kvkeep text 1", namespace, data[1:9], data[9:25])
+        out = bytearray(len(data) - 37 - TAG_NBYTES)
+        self._open(aead, data[25:37], memoryview(data)[37:], context, memoryview(out))
+        return out.decode()
+
+    def _open(self, aead: AESGCM, nonce: bytes, data: memoryview, context: Buffer, out: memoryview) -> None:
+        if len(out) != len(data) - TAG_NBYTES:
+            raise FrameError("size", f"{len(data) - TAG_NBYTES} encrypted bytes where {len(out)} were expected")
+        try:
+            aead.decrypt_into(nonce, data, context, out)
+        except self._invalid:
+            raise FrameError("checksum", "the tag of what was encrypted does not match") from None
+
+    def _to_write(self, purpose: bytes, namespace: bytes) -> tuple[bytes, bytes, AESGCM]:
+        with self._lock:
+            writing = self._writing.get((purpose, namespace))
+            if writing is None or not writing.left:
+                salt = os.urandom(16)
+                aead = self._to_read(purpose, namespace, self.key_ids[0], salt)
+                writing = self._writing[purpose, namespace] = _Writing(salt, aead)
+            writing.left -= 1
+        return self.key_ids[0], writing.salt, writing.aead
+
+    def _to_read(self, purpose: bytes, namespace: bytes, key_id: bytes, salt: bytes) -> AESGCM:
+        wanted = (purpose, namespace, key_id, salt)
+        aead = self._reading.get(wanted)
+        if aead is None:
+            key = self._keys.get(key_id)
+            if key is None:
+                raise FrameError("locked", f"encrypted with key {key_id.hex()}, which is not among those given")
+            if len(self._reading) >= _READ_KEYS:
+                self._reading.clear()
+            secret = derive(namespace, b"kvkeep encryption 1", ())
+            aead = self._reading[wanted] = self._aead(_expand(key + secret, salt, purpose, KEY_NBYTES))
+        return aead
+
+
+class _Writing:
+    """The working key that encrypts now, and how many messages it may yet."""
+
+    def __init__(self, salt: bytes, aead: AESGCM) -> None:
+        self.salt, self.aead, self.left = salt, aead, MESSAGES_PER_SALT
+
+
+def open_cipher(encryption: KeySource | Sequence[KeySource] | None) -> Cipher | None:
+    """What ``kvkeep.open`` takes: one key's source, or several, of which the first encrypts. Raises
+    :class:`ConfigError`, which never quotes a key, if a source gives none."""
+    if encryption is None:
+        return None
+    single = isinstance(encryption, (str, os.PathLike)) or not isinstance(encryption, Sequence)
+    sources: Sequence[KeySource] = [encryption] if single else encryption  # type: ignore[assignment, list-item]
+    if isinstance(encryption, (bytes, bytearray, memoryview)):
+        raise ConfigError("encryption: give the key by a callable, lambda: key, so that it appears in no configuration")
+    return Cipher([_key(source) for source in sources])
+
+
+def _key(source: KeySource) -> bytes:
+    # What stands in source may be a key in the wrong place: no message quotes it, but for names and marked paths.
+    if isinstance(source, str) and source.startswith("env:"):
+        value = os.environ.get(source[4:])
+        if value is None:
+            raise ConfigError(f"encryption: the environment variable {source[4:]!r} is not set")
+        return parse_key(os.fsencode(value), f"environment variable {source[4:]!r}")
+    if isinstance(source, (str, os.PathLike)):
+        marked = isinstance(source, str) and source.startswith("file:")
+        path = Path(os.fspath(source).removeprefix("file:")).expanduser()
+        name = f"file {path}" if marked or isinstance(source, os.PathLike) else "the file"
+        try:
+            with path.open("rb") as stream:
+                if stat.S_IMODE(os.fstat(stream.fileno()).st_mode) & 0o077:
+                    log.warning("encryption: %s can be read by others; chmod 600 it", name)
+                return parse_key(stream.read(4096), name)
+        except (OSError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            reason = error.strerror if isinstance(error, OSError) else "no path"
+            raise ConfigError(
+                f'encryption: {name} cannot be read ({reason}); give "env:NAME", "file:PATH" or a callable'
+            ) from None
+    if not callable(source):
+        raise ConfigError('encryption: give "env:NAME", "file:PATH" or a callable, or a list of these')
+    returned = source()
+    return parse_key(returned.encode() if isinstance(returned, str) else bytes(returned), "what the callable returned")
+
+
+def parse_key(data: bytes, where: str) -> bytes:
+    """32 bytes from their raw, hex or base64 form. Raises :class:`ConfigError` that names ``where``, not ``data``."""
+    text = data.strip()
+    try:
+        if len(text) == 2 * KEY_NBYTES:
+            return binascii.unhexlify(text)
+        if len(text) in (43, 44):
+            decoded = b64decode(text.rstrip(b"=").translate(bytes.maketrans(b"-_", b"+/")) + b"=", validate=True)
+            if len(decoded) == KEY_NBYTES:
+                return decoded
+    except (ValueError, binascii.Error):
+        pass
+    for raw in (data, text):
+        if len(raw) == KEY_NBYTES:
+            if all(byte in b"0123456789abcdefABCDEF" for byte in raw):
+                raise ConfigError(f"encryption: {where} holds 32 hex digits, which are 16 bytes; a key has {_FORMS}")
+            return raw
+    raise ConfigError(f"encryption: {where} holds no key; a key has {_FORMS}")
+
+
+def _expand(secret: bytes, salt: bytes, purpose: bytes, nbytes: int) -> bytes:
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+    return HKDF(SHA256(), nbytes, salt or None, purpose).derive(secret)
