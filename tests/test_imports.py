@@ -24,7 +24,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("tiered", "flight", "sim"),
     ("cache", "metrics"),
     ("opening",),
-    ("config", "engines", "web"),
+    ("config",),
+    ("engines", "web"),
     ("cli",),
     ("testing",),
 )
@@ -57,6 +58,7 @@ SIBLINGS = ("stores", "codecs", "policies", "engines")
 """Folders whose modules never import one another, but for ``base`` and what is named here."""
 
 SHARED = {"stores.extents", "stores.redis_wire", "stores.redis_servers", "stores.redis_cluster", "engines.weights"}
+SHARED |= {f"codecs.{part}" for part in ("values", "kernels", "reference", "compiled", "entropy", "lossy")}
 """Parts of one implementation, or of several, in a file of their own."""
 
 ONLY_IN: dict[str, tuple[str, ...]] = {
@@ -67,7 +69,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "openai": ("cli",),
     "llama_cpp": ("engines.llamacpp",),
     "redis": ("stores.redis", "stores.redis_servers", "stores.redis_cluster", "stores.redis_wire", "testing"),
-    "zstandard": ("codecs.lossless",),
+    "zstandard": ("codecs.entropy",),
     "cryptography": ("crypt",),
     "pandas": ("sim",),
     "typer": ("cli",),
