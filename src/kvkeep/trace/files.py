@@ -3,40 +3,49 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from io import BufferedReader
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from kvkeep.errors import ConfigError
-from kvkeep.trace import mooncake
+from kvkeep.trace import mooncake, recording
 from kvkeep.trace.base import Trace
 
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
 def read(path: str | Path, *, block_tokens: int = 0) -> Trace:
-    """The trace in ``path``. ``block_tokens``: where the file does not say.
-
-    Raises :class:`ConfigError` that names the file, and the line where there is one to name.
-    """
-    file = Path(path).expanduser()
-    try:
-        with file.open("rb") as stream:
-            trace = _parse(file, _numbered(_unzipped(stream)), block_tokens)
-    except (OSError, EOFError, zlib.error) as error:  # a gzip file that ends early or is damaged among them
-        raise ConfigError(f"{file}: cannot be read: {error}") from error
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error
-    return trace
+    """The trace in ``path``; see :func:`read_all`. Raises :class:`ConfigError` if there are several in the file."""
+    traces = read_all([path], block_tokens=block_tokens)
+    if len(traces) > 1:
+        names = ", ".join(trace.name for trace in traces)
+        raise ConfigError(f"{path}: blocks of several sizes, so several traces ({names}): use read_all()")
+    return traces[0]
 
 
 def read_all(paths: Iterable[str | Path], *, block_tokens: int = 0) -> list[Trace]:
-    """One trace a file, in order."""
-    return [read(path, block_tokens=block_tokens) for path in paths]
+    """The traces in files, in order; a file has more than one if its blocks are not of one size.
+
+    ``block_tokens``: where a file does not say. Raises :class:`ConfigError` that names the file, and the line where
+    there is one to name.
+    """
+    traces: list[Trace] = []
+    for path in paths:
+        file = Path(path).expanduser()
+        try:
+            with file.open("rb") as stream:
+                traces += _parse(file, _numbered(_unzipped(stream)), block_tokens)
+        except (OSError, EOFError, zlib.error) as error:  # a gzip file that ends early or is damaged among them
+            raise ConfigError(f"{file}: cannot be read: {error}") from error
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from error
+    return traces
 
 
 def _unzipped(file: BufferedReader) -> Iterable[bytes]:
@@ -57,20 +66,23 @@ def _numbered(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, value
 
 
-def _parse(file: Path, lines: Iterator[tuple[int, dict[str, Any]]], block_tokens: int) -> Trace:
+def _parse(file: Path, lines: Iterator[tuple[int, dict[str, Any]]], block_tokens: int) -> list[Trace]:
     first = next(lines, None)
     if first is None:
         raise ConfigError("the file is empty")
-
-    def chained() -> Iterator[tuple[int, dict[str, Any]]]:
-        yield first
-        yield from lines
-
+    whole = itertools.chain([first], lines)
     name = file.name.removesuffix(".gz").removesuffix(".jsonl")
-    if mooncake.matches(first[1]):
-        trace = mooncake.parse(name, chained(), block_tokens=block_tokens)
+    if recording.matches(first[1]):
+        traces = recording.parse(name, whole)
+    elif mooncake.matches(first[1]):
+        traces = [mooncake.parse(name, whole, block_tokens=block_tokens)]
     else:
         raise ConfigError(f"line {first[0]}: no kind of trace that is known; its fields: {', '.join(first[1])}")
-    if any(later.now < earlier.now for earlier, later in zip(trace.requests, trace.requests[1:], strict=False)):
-        return Trace(trace.name, trace.block_tokens, sorted(trace.requests, key=attrgetter("now")), trace.block_nbytes)
+    return [_sorted(trace) for trace in traces]
+
+
+def _sorted(trace: Trace) -> Trace:
+    """In the order of time; requests of one time keep theirs."""
+    if any(later.now < earlier.now for earlier, later in itertools.pairwise(trace.requests)):
+        return replace(trace, requests=sorted(trace.requests, key=attrgetter("now")))
     return trace
