@@ -8,9 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvkeep.codecs import kernels, reference
 from kvkeep.codecs.base import Codec
+from kvkeep.codecs.int4 import Int4
+from kvkeep.codecs.int8 import Int8
 from kvkeep.codecs.lossless import Lossless
 from kvkeep.codecs.raw import Raw
+from kvkeep.codecs.uqz import UQZ, UQZHQ, UQZMax
 from kvkeep.errors import CodecError
 from kvkeep.layout import KVLayout
 from kvkeep.testing.codecs import CodecSuite, gaussian, layout
@@ -21,9 +25,44 @@ class TestRaw(CodecSuite):
         return Raw()
 
 
-class TestLossless(CodecSuite):
+class Both(CodecSuite):
+    """With the compiled kernels, then with NumPy's."""
+
+    @pytest.fixture(autouse=True, params=["compiled", "numpy"])
+    def which(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert kernels.wait(60), "no compiled kernels: is there a C compiler?"
+        if request.param == "numpy":
+            monkeypatch.setattr(kernels, "_current", reference)
+
+
+class TestLossless(Both):
     def make(self) -> Codec:
         return Lossless()
+
+
+class TestInt8(Both):
+    def make(self) -> Codec:
+        return Int8()
+
+
+class TestInt4(Both):
+    def make(self) -> Codec:
+        return Int4()
+
+
+class TestUQZ(Both):
+    def make(self) -> Codec:
+        return UQZ()
+
+
+class TestUQZHQ(Both):
+    def make(self) -> Codec:
+        return UQZHQ()
+
+
+class TestUQZMax(Both):
+    def make(self) -> Codec:
+        return UQZMax()
 
 
 def ratio(of: KVLayout, block: bytes) -> float:

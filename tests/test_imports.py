@@ -20,7 +20,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("identity", "layout"),
     ("keys",),
     ("stores", "codecs", "policies"),
-    ("frame", "events", "crypt", "registry", "breaker", "tier", "trace"),
+    ("frame", "events", "crypt", "labels", "registry", "breaker", "tier", "trace"),
     ("tiered", "flight", "sim"),
     ("cache", "metrics"),
     ("opening",),

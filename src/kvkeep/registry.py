@@ -18,6 +18,11 @@ BUILTIN: dict[str, dict[str, str]] = {
     "codecs": {
         "raw": "kvkeep.codecs.raw:Raw",
         "lossless": "kvkeep.codecs.lossless:Lossless",
+        "int8": "kvkeep.codecs.int8:Int8",
+        "uqz-hq": "kvkeep.codecs.uqz:UQZHQ",
+        "uqz": "kvkeep.codecs.uqz:UQZ",
+        "uqz-max": "kvkeep.codecs.uqz:UQZMax",
+        "int4": "kvkeep.codecs.int4:Int4",
     },
     "policies": {
         "lru": "kvkeep.policies.lru:LRU",

@@ -63,6 +63,7 @@ class TieredStore:
     ) -> None:
         self.tiers = list(tiers)
         self.cipher = cipher
+        self.upkeep: list[Callable[[], None]] = []  # called about once a second, with the tiers' own housekeeping
         self._codec = codec
         self._observer = observer
         self._queue_nbytes = queue_nbytes
@@ -103,33 +104,51 @@ class TieredStore:
         self, keys: Sequence[BlockKey], places: Sequence[Tier], layout: KVLayout
     ) -> Iterator[tuple[int, memoryview]]:
         """Index and decoded payload of each block in order, up to the first lost one. Views die at the next step."""
-        batch = max(1, BATCH_NBYTES // layout.block_nbytes)
-        at = 0
-        while at < len(keys):
-            end = at + 1
-            while end < len(keys) and end - at < batch and places[end] is places[at]:
-                end += 1
-            done = yield from self._batch(keys, at, end, places[at], layout)
-            if done < end:
-                other = self._elsewhere(keys[done], places[done])
-                if other is None:
-                    self._observer.event("lost", len(keys) - done, cause="gone")
-                    return
-                again = yield from self._batch(keys, done, done + 1, other, layout)
-                if again == done:
-                    self._observer.event("lost", len(keys) - done, cause="gone")
-                    return
-                done = again
-            at = done
+        spans = deque(_spans(places, max(1, BATCH_NBYTES // layout.block_nbytes)))
+        ahead: Future[_Values] | None = None
+        try:
+            while spans:
+                span = spans.popleft()
+                values = ahead or self._reading(span, keys)
+                # While these blocks are decoded and copied, the next ones are read.
+                ahead = self._reading(spans[0], keys) if spans else None
+                done = yield from self._batch(span, keys, values, layout)
+                if done == span.end:
+                    continue
+                other = self._elsewhere(keys[done], span.tier)
+                if other is not None:
+                    again = _Span(done, done + 1, other)
+                    if (yield from self._batch(again, keys, self._reading(again, keys), layout)) == again.end:
+                        if again.end < span.end:
+                            _discard(ahead)
+                            ahead = None
+                            spans.appendleft(_Span(again.end, span.end, span.tier))
+                        continue
+                self._observer.event("lost", len(keys) - done, cause="gone")
+                return
+        finally:
+            _discard(ahead)
+
+    def _reading(self, span: _Span, keys: Sequence[BlockKey]) -> Future[_Values]:
+        """The values of ``span``: at once from memory, else by a thread of their own."""
+        values = span.tier.store.read(keys[span.start : span.end])
+        if not span.tier.trusted:
+            return self._readers.submit(values.__enter__), values
+        got: Future[list[memoryview | None]] = Future()
+        try:
+            got.set_result(values.__enter__())
+        except StoreError as error:
+            got.set_exception(error)
+        return got, values
 
     def _batch(
-        self, keys: Sequence[BlockKey], start: int, end: int, tier: Tier, layout: KVLayout
+        self, span: _Span, keys: Sequence[BlockKey], reading: _Reading, layout: KVLayout
     ) -> Generator[tuple[int, memoryview], None, int]:
         """Yields blocks; returns the index after the last good one."""
-        at = start
+        at, tier = span.start, span.tier
         try:
-            with tier.store.read(keys[start:end]) as values, self._pool.borrow(layout.block_nbytes) as room:
-                for at, value in enumerate(values, start):
+            with _entered(reading) as values, self._pool.borrow(layout.block_nbytes) as room:
+                for at, value in enumerate(values, span.start):
                     if value is None:
                         return at
                     try:
@@ -138,10 +157,12 @@ class TieredStore:
                         self._refuse(keys[at], tier, error)
                         return at
                     yield at, payload
-                at = end
+                at = span.end
         except StoreError as error:
             tier.breaker.failed("a read", error)
-        self._observer.event("load", at - start, nbytes=(at - start) * layout.block_nbytes, tier=tier.name)
+        finally:
+            nbytes = (at - span.start) * layout.block_nbytes
+            self._observer.event("load", at - span.start, nbytes=nbytes, tier=tier.name)
         return at
 
     def _open_frame(
@@ -206,7 +227,10 @@ class TieredStore:
             wanted = list(takewhile(lambda one: first.wants(one[0][0], nbytes_of(one[0][1]), one[1]), asked))
             items = [item for item, _ in wanted]
         if first.codec.name != "raw":
-            items = [(key, self._encode(key, parts[1], layout, first.codec)) for key, parts in items]
+            items = [
+                (key, self._encode(key, parts[1], layout, first.codec, access))
+                for (key, parts), access in zip(items, accesses, strict=False)
+            ]
         stored = first.put_many(items, accesses, pin=bool(lower))
         if lower:
             keys = [key for key, _ in items[:stored]]
@@ -220,9 +244,24 @@ class TieredStore:
             first.unpin(keys)
         return stored
 
-    def _encode(self, key: BlockKey, payload: Buffer, layout: KVLayout, codec: Codec) -> list[Buffer]:
+    def save_now(self, key: BlockKey, payload: memoryview, layout: KVLayout, access: Access) -> bool:
+        """Put one payload into every tier that wants it before returning; does any have it?"""
+        head = frame.pack(key, layout.fingerprint, "raw", len(payload), len(payload), tenant=layout.identity.tenant)
+        kept = False
+        with self._pool.borrow(frame.HEADER_NBYTES + len(payload)) as room, ExitStack() as rooms:
+            room[: frame.HEADER_NBYTES] = head
+            room[frame.HEADER_NBYTES :] = payload
+            for tier in self.tiers:
+                if tier.contains_many([key])[0]:
+                    kept = True
+                elif tier.wants(key, len(payload), access):
+                    write = _Write(key, layout, len(payload), self.tiers[0], tier, access)
+                    kept |= tier.put_many([(key, self._recode(write, room, rooms))], [access]) > 0
+        return kept
+
+    def _encode(self, key: BlockKey, payload: Buffer, layout: KVLayout, codec: Codec, access: Access) -> list[Buffer]:
         """An unsealed frame in ``codec``."""
-        stored = codec.encode(payload, layout)
+        stored = _encoded(codec, payload, layout, access)
         head = frame.pack(key, layout.fingerprint, codec.name, memoryview(stored).nbytes, layout.block_nbytes)
         return [bytes(head), stored]
 
@@ -305,6 +344,8 @@ class TieredStore:
         if not batch or time.monotonic() >= self._maintain_at:
             for tier in self.tiers:
                 tier.maintain()
+            for work in self.upkeep:
+                work()
             self._maintain_at = time.monotonic() + IDLE_SECONDS
         return not self._closed
 
@@ -359,7 +400,7 @@ class TieredStore:
                 room = memoryview(bytearray(layout.block_nbytes))
                 self._codec(codec).decode(payload, layout, room)
                 stored = room
-            stored = target.codec.encode(stored, layout)
+            stored = _encoded(target.codec, stored, layout, write.access)
             codec = target.codec.name
         size = memoryview(stored).nbytes
         if self.cipher is not None and not target.trusted:
@@ -369,6 +410,10 @@ class TieredStore:
         if not target.trusted:
             frame.seal(head, stored)
         return [bytes(head), stored]
+
+
+def _encoded(codec: Codec, payload: Buffer, layout: KVLayout, access: Access) -> Buffer:
+    return (codec.encode if access.position else codec.encode_first)(payload, layout)
 
 
 _open: weakref.WeakSet[TieredStore] = weakref.WeakSet()

@@ -25,6 +25,11 @@ class Codec(ABC):
     def encode(self, data: Buffer, layout: KVLayout) -> Buffer:
         """A block of ``layout`` (``layout.block_nbytes`` bytes) in stored form. May return ``data`` itself."""
 
+    def encode_first(self, data: Buffer, layout: KVLayout) -> Buffer:
+        """:meth:`encode` for the first block of a sequence, on whose first tokens a model's attention leans: a lossy
+        codec may keep those exactly. :meth:`decode` takes either."""
+        return self.encode(data, layout)
+
     @abstractmethod
     def decode(self, data: Buffer, layout: KVLayout, out: memoryview) -> None:
         """Fill ``out`` (``layout.block_nbytes`` bytes). Raises :class:`~kvkeep.errors.CodecError` on a payload that

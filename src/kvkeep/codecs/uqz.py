@@ -1,0 +1,101 @@
+"""Uniform quantization, then entropy coding: the fewest bits for a given error.
+
+Keys lose their channels' mean over the block and are rounded to steps of ``k_step`` × the RMS of their head; values to
+steps of ``v_step`` × the RMS of their token and head. Most numbers are then small, and zstd's Huffman coder takes them
+to their entropy. No calibration: all scales come from the block. A sequence's first tokens are exact.
+
+Stored form: the streams of :mod:`kvkeep.codecs.entropy`, over all layer groups one after the other: steps, tops and the
+means' upper bytes; the means' lower bytes; levels; key numbers; value numbers (see :mod:`kvkeep.codecs.kernels`).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from kvkeep.buffers import Buffer
+from kvkeep.codecs import entropy
+from kvkeep.codecs.kernels import kernels
+from kvkeep.codecs.lossy import Lossy
+from kvkeep.codecs.values import Array, Shape, groups, shapes
+from kvkeep.layout import KVLayout
+
+
+class UQZ(Lossy):
+    name: ClassVar[str] = "uqz"
+
+    k_step: ClassVar[float] = 0.20
+    v_step: ClassVar[float] = 0.50
+    grid: ClassVar[float] = 4.0
+    """Steps between two means: they need not be exact, only known; about 0.8 of the RMS costs the fewest bits."""
+
+    def code(self, view: memoryview, layout: KVLayout, skip: int) -> Buffer | None:
+        whole = _arrays(layout)
+        steps = (self.k_step, self.v_step, self.grid)
+        for (shape, x), arrays in zip(groups(view, layout), _of_groups(whole, layout), strict=True):
+            if not kernels().uqz_encode(x, skip, steps, arrays, shape, layout.dtype):
+                return None
+        k_steps, v_tops, means, levels, k, v = whole
+        bytes_of_means = means.view(np.uint8).reshape(-1, 2)
+        head = np.concatenate([k_steps.view(np.uint8), v_tops.view(np.uint8), bytes_of_means[:, 1]])
+        low = np.ascontiguousarray(bytes_of_means[:, 0])
+        return entropy.pack([head, low, levels, k.view(np.uint8), v.view(np.uint8)])
+
+    def undo(self, coded: memoryview, layout: KVLayout, out: memoryview) -> None:
+        steps, tops, means, levels, k, v = _sizes(shapes(layout))
+        streams = entropy.unpack(coded, [2 * steps + 2 * tops + means, means, levels, k, v])
+        head = streams[0]
+        both = np.empty((means, 2), np.uint8)
+        both[:, 1] = head[2 * (steps + tops) :]
+        both[:, 0] = streams[1]
+        whole = (
+            head[: 2 * steps].view("<u2"),
+            head[2 * steps : 2 * (steps + tops)].view("<u2"),
+            both.reshape(-1).view("<i2"),
+            streams[2],
+            streams[3].view(np.int8),
+            streams[4].view(np.int8),
+        )
+        for (shape, x), arrays in zip(groups(out, layout), _of_groups(whole, layout), strict=True):
+            kernels().uqz_decode(self.grid, arrays, x, shape, layout.dtype)
+
+
+class UQZHQ(UQZ):
+    name: ClassVar[str] = "uqz-hq"
+    k_step: ClassVar[float] = 0.10
+    v_step: ClassVar[float] = 0.20
+    grid: ClassVar[float] = 8.0
+
+
+class UQZMax(UQZ):
+    name: ClassVar[str] = "uqz-max"
+    k_step: ClassVar[float] = 0.35
+    v_step: ClassVar[float] = 0.70
+    grid: ClassVar[float] = 2.0
+
+
+def _sizes(of: list[Shape]) -> list[int]:
+    """Values in each of the kernel's arrays, over all of these groups."""
+    each = [
+        (s.layers * s.heads, s.layers, s.layers * s.heads * s.k_dim, s.layers * s.heads * s.tokens * bool(s.v_dim),
+         s.layers * s.heads * s.tokens * s.k_dim, s.layers * s.heads * s.tokens * s.v_dim)
+        for s in of
+    ]  # fmt: skip
+    return [sum(column) for column in zip(*each, strict=True)]
+
+
+def _arrays(layout: KVLayout) -> tuple[Array, ...]:
+    types = ("<u2", "<u2", "<i2", "u1", "i1", "i1")
+    return tuple(np.empty(count, kind) for count, kind in zip(_sizes(shapes(layout)), types, strict=True))
+
+
+def _of_groups(whole: tuple[Array, ...], layout: KVLayout) -> list[tuple[Array, ...]]:
+    """The same arrays, cut by group."""
+    parts = []
+    at = [0] * len(whole)
+    for shape in shapes(layout):
+        ends = [a + b for a, b in zip(at, _sizes([shape]), strict=True)]
+        parts.append(tuple(array[a:b] for array, a, b in zip(whole, at, ends, strict=True)))
+        at = ends
+    return parts
