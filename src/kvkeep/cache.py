@@ -6,16 +6,14 @@ and a counter says why. Only arguments that do not fit raise (:class:`~kvkeep.er
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from kvkeep import frame
+from kvkeep import frame, labels
 from kvkeep.buffers import BufferPool
 from kvkeep.errors import LayoutError
 from kvkeep.events import Counters, Observer
@@ -25,8 +23,6 @@ from kvkeep.policies.base import Access
 from kvkeep.stores.base import Item
 from kvkeep.tier import Tier
 from kvkeep.tiered import BATCH_NBYTES, TieredStore
-
-MODELS_FILE = "models.json"
 
 
 class KVSink(Protocol):
@@ -127,7 +123,7 @@ class KVCache:
         Of what is saved through caches of different ``priority``, the lower goes first, whatever the policy.
         """
         if self.directory is not None:
-            _describe(self.directory, layout, description)
+            labels.note(self.directory, layout, description, self.store.cipher)
         return KVCache(
             self.store,
             counters=self.counters,
@@ -271,26 +267,3 @@ class KVCache:
         if self.layout is None:
             raise LayoutError("this cache is not bound to a layout: call cache.bind(layout) first")
         return self.layout
-
-
-def _describe(directory: Path, layout: KVLayout, description: str) -> None:
-    """Note what a layout's fingerprint stands for, so that ``kvkeep stats`` can name it. No secrets: no namespace."""
-    path = directory / MODELS_FILE
-    try:
-        known: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        known = {}
-    entry = {
-        "description": description or f"{layout.num_layers} layers",
-        "dtype": layout.dtype,
-        "block_tokens": layout.block_tokens,
-        "block_nbytes": layout.block_nbytes,
-        "token_nbytes": layout.token_nbytes,
-    }
-    if not isinstance(known, dict) or known.get(layout.fingerprint.hex()) == entry:
-        return
-    known[layout.fingerprint.hex()] = entry
-    temporary = path.with_suffix(f".{os.getpid()}.new")
-    with suppress(OSError):  # only a label
-        temporary.write_text(json.dumps(known, indent=1))
-        temporary.replace(path)

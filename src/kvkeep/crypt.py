@@ -161,32 +161,36 @@ def open_cipher(encryption: KeySource | Sequence[KeySource] | None) -> Cipher | 
 
 
 def _key(source: KeySource) -> bytes:
-    # What stands in source may be a key in the wrong place: no message quotes it, but for names and marked paths.
-    if isinstance(source, str) and source.startswith("env:"):
-        value = os.environ.get(source[4:])
-        if value is None:
-            raise ConfigError(f"encryption: the environment variable {source[4:]!r} is not set")
-        return parse_key(os.fsencode(value), f"environment variable {source[4:]!r}")
     if isinstance(source, (str, os.PathLike)):
-        marked = isinstance(source, str) and source.startswith("file:")
-        path = Path(os.fspath(source).removeprefix("file:")).expanduser()
-        name = f"file {path}" if marked or isinstance(source, os.PathLike) else "the file"
-        try:
-            with path.open("rb") as stream:
-                if stat.S_IMODE(os.fstat(stream.fileno()).st_mode) & 0o077:
-                    log.warning("encryption: %s can be read by others; chmod 600 it", name)
-                return parse_key(stream.read(4096), name)
-        except (OSError, ValueError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            reason = error.strerror if isinstance(error, OSError) else "no path"
-            raise ConfigError(
-                f'encryption: {name} cannot be read ({reason}); give "env:NAME", "file:PATH" or a callable'
-            ) from None
+        return parse_key(*read_secret(source, "encryption"))
     if not callable(source):
         raise ConfigError('encryption: give "env:NAME", "file:PATH" or a callable, or a list of these')
     returned = source()
     return parse_key(returned.encode() if isinstance(returned, str) else bytes(returned), "what the callable returned")
+
+
+def read_secret(source: str | os.PathLike[str], option: str) -> tuple[bytes, str]:
+    """What ``env:NAME``, ``file:PATH`` or a path holds, and what to call that place in a message.
+
+    Raises :class:`ConfigError`. ``source`` may be the secret itself, in the wrong place: no message quotes it, but for
+    a variable's name and a marked path.
+    """
+    if isinstance(source, str) and source.startswith("env:"):
+        value = os.environ.get(source[4:])
+        if value is None:
+            raise ConfigError(f"{option}: the environment variable {source[4:]!r} is not set")
+        return os.fsencode(value), f"environment variable {source[4:]!r}"
+    marked = not isinstance(source, str) or source.startswith("file:")
+    name = f"file {os.fspath(source).removeprefix('file:')}" if marked else "the file"
+    try:
+        path = Path(os.fspath(source).removeprefix("file:")).expanduser()
+        with path.open("rb") as stream:
+            if stat.S_IMODE(os.fstat(stream.fileno()).st_mode) & 0o077:
+                log.warning("%s: %s can be read by others; chmod 600 it", option, name)
+            return stream.read(4096), name
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of a user who does not exist
+        reason = error.strerror if isinstance(error, OSError) else "no path"
+        raise ConfigError(f'{option}: {name} cannot be read ({reason}); give "env:NAME" or "file:PATH"') from None
 
 
 def parse_key(data: bytes, where: str) -> bytes:

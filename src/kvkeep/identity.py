@@ -46,7 +46,12 @@ class ModelIdentity:
     @property
     def tenant(self) -> bytes:
         """16 bytes that mark a tenant's blocks, for quotas and clearing; empty without a namespace."""
-        return derive(self.namespace, b"kvkeep tenant 1", ())[:16] if self.namespace else b""
+        return tenant_of(self.namespace)
+
+
+def tenant_of(namespace: bytes) -> bytes:
+    """What marks the blocks of ``namespace``: see :attr:`ModelIdentity.tenant`."""
+    return derive(namespace, b"kvkeep tenant 1", ())[:16] if namespace else b""
 
 
 def derive(secret: bytes, purpose: bytes, parts: Iterable[bytes]) -> bytes:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -12,6 +12,9 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from kvkeep.cli.secrets import Secrets
+    from kvkeep.crypt import Cipher
+    from kvkeep.frame import Header
     from kvkeep.keys import BlockKey
     from kvkeep.stores.disk import DiskStore
 
@@ -50,7 +53,7 @@ def resolve(directory: Path | None) -> Path:
     return directory
 
 
-def open_store(directory: Path, *, write: bool = False) -> DiskStore:
+def open_store(directory: Path, *, write: bool = False, clock: Callable[[], float] = time.time) -> DiskStore:
     """The directory's blocks. ``write`` adopts the slabs that no process holds; nothing is evicted or made smaller."""
     from kvkeep.errors import StoreError
     from kvkeep.stores.disk import MIN_CAPACITY, DiskStore
@@ -62,36 +65,39 @@ def open_store(directory: Path, *, write: bool = False) -> DiskStore:
         room = store.nbytes_on_disk
         store.close()
         # At least what is there, so that opening it does not shrink it. Another process may grow it meanwhile: twice.
-        return DiskStore(directory, capacity=max(2 * room, MIN_CAPACITY))
+        return DiskStore(directory, capacity=max(2 * room, MIN_CAPACITY), clock=clock)
     except StoreError as error:
         fail(str(error))
 
 
-def models(directory: Path) -> dict[bytes, dict[str, Any]]:
+def models(directory: Path, cipher: Cipher | None = None) -> dict[bytes, dict[str, Any]]:
     """Layout fingerprint → what ``KVCache.bind`` noted about it. It is a label only: empty where it cannot be read."""
-    known: dict[bytes, dict[str, Any]] = {}
-    with suppress(OSError, ValueError):
-        found = json.loads((directory / "models.json").read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            for fingerprint, facts in found.items():
-                if isinstance(facts, dict):
-                    known[bytes.fromhex(fingerprint)] = facts
-    return known
+    from kvkeep import labels
+
+    return labels.read(directory, cipher)
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One block as it lies on the disk. ``cause`` is empty for a whole frame, else a word of ``frame.CAUSES``."""
+    """One block as it lies on the disk. ``cause`` is empty for a whole frame, else a word of ``frame.CAUSES``; it is
+    ``locked`` for one whose key or namespace is not at hand, which is no damage."""
 
     key: BlockKey
     nbytes: int
     layout: bytes
     cause: str
     stamp: float
+    tenant: bytes = b""
+    encrypted: bool = False
+
+    @property
+    def damaged(self) -> bool:
+        return self.cause not in ("", "locked")
 
 
-def scan(store: DiskStore, *, whole: bool) -> list[Found]:
-    """Every block, read batch by batch. ``whole`` checks the seals too, else the headers only.
+def scan(store: DiskStore, *, whole: bool, secrets: Secrets | None = None) -> list[Found]:
+    """Every block, read batch by batch. ``whole`` checks the seals too, else the headers only; with the ``secrets``
+    of an encrypted cache, what is not encrypted is ``plain``.
 
     What another process evicts meanwhile is left out: it is gone, not damaged. The check is made twice, since a slot
     may be overwritten between the look at the index and the read.
@@ -105,17 +111,20 @@ def scan(store: DiskStore, *, whole: bool) -> list[Found]:
         while items and (not batch or total + items[-1][1] <= READ_NBYTES):
             batch.append(items.pop())
             total += batch[-1][1]
-        first = _examine(store, batch, stamps, whole)
+        first = _examine(store, batch, stamps, whole, secrets)
         suspects = {block.key for block in first if block.cause}
-        again = _examine(store, [item for item in batch if item[0] in suspects], stamps, whole)
+        again = _examine(store, [item for item in batch if item[0] in suspects], stamps, whole, secrets)
         found += [block for block in first if not block.cause] + again
     return found
 
 
 def _examine(
-    store: DiskStore, batch: list[tuple[BlockKey, int]], stamps: dict[BlockKey, float], whole: bool
+    store: DiskStore,
+    batch: list[tuple[BlockKey, int]],
+    stamps: dict[BlockKey, float],
+    whole: bool,
+    secrets: Secrets | None,
 ) -> list[Found]:
-    from kvkeep import frame
     from kvkeep.errors import FrameError
 
     found = []
@@ -123,15 +132,43 @@ def _examine(
         for (key, nbytes), value in zip(batch, values, strict=True):
             if value is None:
                 continue
-            layout, cause = b"", ""
+            header, cause = None, ""
             try:
-                header, _ = frame.verify(value) if whole else frame.parse(value)
-                layout = header.layout
-                frame.check(header, key, layout)
+                header = _header(key, value)
+                if whole:
+                    _check(header, value, secrets)
             except FrameError as error:
                 cause = error.cause
-            found.append(Found(key, nbytes, layout, cause, stamps.get(key, 0.0)))
+            stamp = stamps.get(key, 0.0)
+            if header is None:
+                found.append(Found(key, nbytes, b"", cause, stamp))
+            else:
+                found.append(Found(key, nbytes, header.layout, cause, stamp, header.tenant, header.encrypted))
     return found
+
+
+def _header(key: BlockKey, value: memoryview) -> Header:
+    from kvkeep import frame
+
+    header, _ = frame.parse(value)
+    frame.check(header, key, header.layout)
+    return header
+
+
+def _check(header: Header, value: memoryview, secrets: Secrets | None) -> None:
+    """Raise :class:`FrameError` unless all bytes of the frame are what was written."""
+    from kvkeep import frame
+    from kvkeep.errors import FrameError
+
+    if secrets is None or secrets.cipher is None:
+        frame.verify(value)
+    elif not header.encrypted:
+        raise FrameError("plain", "not encrypted")
+    elif not secrets.opens(header):
+        raise FrameError("locked", "no key for it")
+    else:
+        room = memoryview(bytearray(header.payload_nbytes - frame.TAG_NBYTES))
+        secrets.cipher.decrypt(value, secrets.namespaces[header.tenant], room)
 
 
 def label(layout: bytes, known: dict[bytes, dict[str, Any]]) -> str:
