@@ -6,12 +6,13 @@ and a counter says why. Only arguments that do not fit raise (:class:`~kvkeep.er
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from kvkeep import frame, labels
 from kvkeep.buffers import BufferPool
@@ -23,6 +24,11 @@ from kvkeep.policies.base import Access
 from kvkeep.stores.base import Item
 from kvkeep.tier import Tier
 from kvkeep.tiered import BATCH_NBYTES, TieredStore
+from kvkeep.values import open_values
+from kvkeep.values.face import ValueFace
+
+if TYPE_CHECKING:
+    from kvkeep.values.store import Values
 
 
 class KVSink(Protocol):
@@ -90,7 +96,7 @@ class Stats:
     events: tuple[dict[str, str | int], ...]
 
 
-class KVCache:
+class KVCache(ValueFace):
     """Tiers, and (once bound) the layout of the blocks in them. Thread-safe."""
 
     def __init__(
@@ -102,20 +108,27 @@ class KVCache:
         namespace: bytes = b"",
         block_tokens: int = 0,
         directory: Path | None = None,
+        remote: str | None = None,
         layout: KVLayout | None = None,
         shard: int = 0,
         priority: int = 0,
+        root: KVCache | None = None,
     ) -> None:
+        """``remote``: the server's address, for what is kept there beside blocks. ``root``: whose binding this is."""
         self.store = store
         self.counters = counters
         self.namespace = namespace
         self.block_tokens = block_tokens
         self.directory = directory
+        self.remote = remote
         self.layout = layout
         self.shard = shard
         self.priority = priority
         self._observer = observer
         self._pool = BufferPool()
+        self._root = root
+        self._values: Values | None = None
+        self._making = threading.Lock()
 
     def bind(self, layout: KVLayout, *, shard: int = 0, description: str = "", priority: int = 0) -> KVCache:
         """The same tiers for blocks of ``layout``; ``description`` is what ``kvkeep stats`` calls the model.
@@ -131,9 +144,11 @@ class KVCache:
             namespace=self.namespace,
             block_tokens=self.block_tokens,
             directory=self.directory,
+            remote=self.remote,
             layout=layout,
             shard=shard,
             priority=priority,
+            root=self._root or self,
         )
 
     def match(self, tokens: Tokens, *, extra: Iterable[Extra] = ()) -> Match:
@@ -163,7 +178,7 @@ class KVCache:
                 tier.pin(keys)
                 stack.callback(tier.unpin, keys)
                 tier.touch(accesses)
-                tier.store.prefetch(keys)
+                tier.store.prefetch(keys[: max(1, BATCH_NBYTES // self._bound().block_nbytes)])
             yield Lease(match)
 
     def load(self, lease: Lease, sink: KVSink) -> int:
@@ -234,6 +249,31 @@ class KVCache:
         for tier in self.store.tiers:
             tier.unpin(self._keys(tokens, extra))
 
+    @contextmanager
+    def claim(self, tokens: Tokens, *, wait: float = 0.0, extra: Iterable[Extra] = ()) -> Iterator[bool]:
+        """Is what is missing of this prompt ours to compute and save? Of several that miss the same prefix at the same
+        time one gets True, until the ``with`` block ends. The others wait for it, ``wait`` seconds at most; when the
+        block begins with False, match again: load what is there and compute the rest.
+
+        True among all who use the same directory or server. A holder that dies gives its claim up by that.
+        """
+        keys = self._keys(tokens, extra)
+        with self.values.flight.prefix(keys, lambda: len(self.store.locate(keys)), wait) as mine:
+            yield mine
+
+    @property
+    def values(self) -> Values:
+        """What :meth:`set_value` and its like work on; made when it is asked for."""
+        if self._root is not None:
+            return self._root.values
+        with self._making:
+            if self._values is None:
+                self._values = open_values(
+                    self.store, namespace=self.namespace, observer=self._observer, directory=self.directory,
+                    remote=self.remote,
+                )  # fmt: skip
+            return self._values
+
     def flush(self, timeout: float | None = None) -> bool:
         """Wait for the write-behind; was everything written within ``timeout`` seconds?"""
         return self.store.flush(timeout)
@@ -241,6 +281,9 @@ class KVCache:
     def close(self) -> None:
         """Flush and close. All caches bound from this one are closed with it."""
         self.store.close()
+        root = self._root or self
+        if root._values is not None:
+            root._values.close()
 
     def __enter__(self) -> KVCache:
         return self

@@ -2,7 +2,7 @@
 
 A save goes to the first tier at once and to the others by write-behind: a queue of keys, bounded in bytes, whose
 blocks are pinned in the first tier until they are written. A full queue drops the write and counts it. A block that
-was found below is copied up in the same thread. That thread is the only one there is.
+was found below is copied up in the same thread. Beside it there are a few that read ahead of a load.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from itertools import takewhile
+from typing import Any, NamedTuple
 
 from kvkeep import frame
 from kvkeep.buffers import Buffer, BufferPool, nbytes_of
@@ -25,13 +27,16 @@ from kvkeep.events import Observer
 from kvkeep.keys import BlockKey
 from kvkeep.layout import KVLayout
 from kvkeep.policies.base import Access
-from kvkeep.stores.base import Item
+from kvkeep.stores.base import Item, Store
 from kvkeep.tier import Tier
 
 BATCH_NBYTES = 8 << 20
 """Bytes read at once: enough for the disk, few enough to be copied on from the processor's cache."""
 
 IDLE_SECONDS = 1.0
+
+READERS = 4
+"""Loads from below memory that can be read ahead at once; each reads one batch ahead of what it hands out."""
 
 CodecLookup = Callable[[str], Codec]
 
@@ -46,6 +51,56 @@ class _Write:
     ) -> None:
         self.key, self.layout, self.nbytes = key, layout, nbytes
         self.source, self.target, self.access = source, target, access
+
+
+class _Span(NamedTuple):
+    """Neighbouring blocks in one tier, read together."""
+
+    start: int
+    end: int
+    tier: Tier
+
+
+class _Reading:
+    """The values of some blocks, on their way: a context as :meth:`Store.read` is, entered by one of ``readers``.
+
+    ``then``: the keys that will be read next.
+    """
+
+    def __init__(
+        self, store: Store, keys: Sequence[BlockKey], then: Sequence[BlockKey], readers: Executor | None
+    ) -> None:
+        self._store, self._then = store, then
+        self._context = store.read(keys)
+        self._future = None if readers is None else readers.submit(self._enter)
+
+    def _enter(self) -> list[memoryview | None]:
+        if self._then:
+            self._store.prefetch(self._then)
+        return self._context.__enter__()
+
+    def __enter__(self) -> list[memoryview | None]:
+        return self._enter() if self._future is None else self._future.result()
+
+    def __exit__(self, *exc: Any) -> None:
+        self._context.__exit__(*exc)
+
+    def discard(self) -> None:
+        """Nobody wants them any more."""
+        if self._future is not None:
+            with suppress(StoreError), self:
+                pass
+
+
+def _spans(places: Sequence[Tier], most: int) -> Iterator[_Span]:
+    """Cut a prefix into spans of at most ``most`` blocks; the first ones are short, so that copying starts early."""
+    start, size = 0, max(1, most // 8)
+    while start < len(places):
+        end = start + 1
+        while end < len(places) and end - start < size and places[end] is places[start]:
+            end += 1
+        yield _Span(start, end, places[start])
+        start, size = end, min(2 * size, most)
 
 
 class TieredStore:
@@ -76,6 +131,7 @@ class TieredStore:
             tier.breaker.on_open = self.start  # somebody has to probe it
         self._maintain_at = 0.0
         self._pool = BufferPool()
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="kvkeep-read")  # makes threads when needed
         self._queue: deque[_Write] = deque()
         self._queued = 0  # bytes of the queue, and of what is being written
         self._writing = False
@@ -105,41 +161,37 @@ class TieredStore:
     ) -> Iterator[tuple[int, memoryview]]:
         """Index and decoded payload of each block in order, up to the first lost one. Views die at the next step."""
         spans = deque(_spans(places, max(1, BATCH_NBYTES // layout.block_nbytes)))
-        ahead: Future[_Values] | None = None
+        ahead: _Reading | None = None
         try:
             while spans:
                 span = spans.popleft()
-                values = ahead or self._reading(span, keys)
+                reading = ahead or self._reading(keys, span)
                 # While these blocks are decoded and copied, the next ones are read.
-                ahead = self._reading(spans[0], keys) if spans else None
-                done = yield from self._batch(span, keys, values, layout)
+                ahead = self._reading(keys, *list(spans)[:2]) if spans else None
+                done = yield from self._batch(span, keys, reading, layout)
                 if done == span.end:
                     continue
+                found = done
                 other = self._elsewhere(keys[done], span.tier)
                 if other is not None:
                     again = _Span(done, done + 1, other)
-                    if (yield from self._batch(again, keys, self._reading(again, keys), layout)) == again.end:
-                        if again.end < span.end:
-                            _discard(ahead)
-                            ahead = None
-                            spans.appendleft(_Span(again.end, span.end, span.tier))
-                        continue
-                self._observer.event("lost", len(keys) - done, cause="gone")
-                return
+                    found = yield from self._batch(again, keys, self._reading(keys, again), layout)
+                if found == done:
+                    self._observer.event("lost", len(keys) - done, cause="gone")
+                    return
+                if ahead is not None:
+                    ahead.discard()
+                    ahead = None
+                if found < span.end:
+                    spans.appendleft(_Span(found, span.end, span.tier))
         finally:
-            _discard(ahead)
+            if ahead is not None:
+                ahead.discard()
 
-    def _reading(self, span: _Span, keys: Sequence[BlockKey]) -> Future[_Values]:
-        """The values of ``span``: at once from memory, else by a thread of their own."""
-        values = span.tier.store.read(keys[span.start : span.end])
-        if not span.tier.trusted:
-            return self._readers.submit(values.__enter__), values
-        got: Future[list[memoryview | None]] = Future()
-        try:
-            got.set_result(values.__enter__())
-        except StoreError as error:
-            got.set_exception(error)
-        return got, values
+    def _reading(self, keys: Sequence[BlockKey], span: _Span, then: _Span | None = None) -> _Reading:
+        hint = keys[then.start : then.end] if then is not None and then.tier is span.tier else ()
+        readers = None if span.tier.trusted else self._readers
+        return _Reading(span.tier.store, keys[span.start : span.end], hint, readers)
 
     def _batch(
         self, span: _Span, keys: Sequence[BlockKey], reading: _Reading, layout: KVLayout
@@ -147,7 +199,7 @@ class TieredStore:
         """Yields blocks; returns the index after the last good one."""
         at, tier = span.start, span.tier
         try:
-            with _entered(reading) as values, self._pool.borrow(layout.block_nbytes) as room:
+            with reading as values, self._pool.borrow(layout.block_nbytes) as room:
                 for at, value in enumerate(values, span.start):
                     if value is None:
                         return at
@@ -256,7 +308,8 @@ class TieredStore:
                     kept = True
                 elif tier.wants(key, len(payload), access):
                     write = _Write(key, layout, len(payload), self.tiers[0], tier, access)
-                    kept |= tier.put_many([(key, self._recode(write, room, rooms))], [access]) > 0
+                    with suppress(FrameError):  # a codec that cannot
+                        kept |= tier.put_many([(key, self._recode(write, room, rooms))], [access]) > 0
         return kept
 
     def _encode(self, key: BlockKey, payload: Buffer, layout: KVLayout, codec: Codec, access: Access) -> list[Buffer]:
@@ -290,6 +343,7 @@ class TieredStore:
             self._wake.notify_all()
         if self._thread is not None:
             self._thread.join(timeout)
+        self._readers.shutdown()
         for tier in self.tiers:
             tier.store.close()
         _open.discard(self)

@@ -200,9 +200,9 @@ class DiskStore(Store):
                     runs[-1][2] += length
                 else:
                     runs.append([slab.data_fd, start, length])
-            for fd, start, length in runs:
-                with suppress(OSError):  # only a hint
-                    os.posix_fadvise(fd, start, length, os.POSIX_FADV_WILLNEED)
+        for fd, start, length in runs:
+            with suppress(OSError):  # only a hint, also where the file has been closed meanwhile
+                os.posix_fadvise(fd, start, length, os.POSIX_FADV_WILLNEED)
 
     # Writing
 
