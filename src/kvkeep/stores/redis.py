@@ -93,8 +93,8 @@ class RedisStore(Store):
         _open.add(self)
 
     @classmethod
-    def from_url(cls, url: str) -> RedisStore:
-        options: dict[str, Any] = {}
+    def from_url(cls, url: str, *, ttl: float | None = None) -> RedisStore:
+        options: dict[str, Any] = {} if ttl is None else {"ttl": ttl}
         for name, text in parse(url).options.items():
             if name == "prefix":
                 options[name] = text
@@ -118,7 +118,7 @@ class RedisStore(Store):
         self._check_open()
         if not keys:
             return []
-        names = self._names(keys)
+        names = self.names(keys)
         head = b"*2\r\n$6\r\nEXISTS\r\n$%d\r\n" % len(names[0])
 
         def work(wire: Wire, group: Sequence[int]) -> Sequence[Any]:
@@ -140,7 +140,7 @@ class RedisStore(Store):
     def read(self, keys: Sequence[BlockKey]) -> Iterator[list[memoryview | None]]:
         self._check_open()
         with ExitStack() as stack:
-            values = self._get(self._names(keys), lambda _, nbytes: stack.enter_context(self._pool.borrow(nbytes)))
+            values = self._get(self.names(keys), lambda _, nbytes: stack.enter_context(self._pool.borrow(nbytes)))
             for at, value in enumerate(values):
                 if value is not None and value[: len(MAGIC)] == MAGIC:
                     values[at] = self._join(keys[at], value, stack)
@@ -216,7 +216,7 @@ class RedisStore(Store):
     def _name(self, key: BlockKey) -> bytes:
         return self._head + key.hex().encode() + b"}"
 
-    def _names(self, keys: Sequence[BlockKey]) -> list[bytes]:
+    def names(self, keys: Sequence[BlockKey]) -> list[bytes]:
         head = self._head.decode()
         return [f"{head}{key.hex()}}}".encode() for key in keys]
 

@@ -30,9 +30,12 @@ SCHEMES: dict[str, str] = {
 }
 
 
-def open_store(url: str) -> Store:
-    """The store at ``url``. Raises :class:`ConfigError`; a server that cannot be reached is no error here."""
-    store: Store = _class(scheme_of(url)).from_url(url)
+def open_store(url: str, *, ttl: float | None = None) -> Store:
+    """The store at ``url``; ``ttl``: seconds that a value lives there, where the address does not say.
+
+    Raises :class:`ConfigError`; a server that cannot be reached is no error here.
+    """
+    store: Store = _class(scheme_of(url)).from_url(url, ttl=ttl)
     return store
 
 
