@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from kvkeep import frame
 from kvkeep.buffers import Buffer, as_bytes
 from kvkeep.errors import ConfigError, FrameError
-from kvkeep.frame import TAG_NBYTES
+from kvkeep.frame import TAG_NBYTES, Header
 from kvkeep.identity import derive
 from kvkeep.keys import BlockKey
 from kvkeep.layout import KVLayout
@@ -71,14 +71,25 @@ class Cipher:
 
     def encrypt(self, key: BlockKey, layout: KVLayout, codec: str, payload: Buffer, out: memoryview) -> bytes:
         """Fill ``out`` (``payload`` and :data:`~kvkeep.frame.TAG_NBYTES` more); returns the frame's header for it."""
-        key_id, salt, aead = self._to_write(b"kvkeep frame 1", layout.identity.namespace)
-        nonce = os.urandom(12)
-        head = frame.pack(
-            key, layout.fingerprint, codec, len(out), layout.block_nbytes,
-            tenant=layout.identity.tenant, key_id=key_id, nonce=nonce, salt=salt,
-        )  # fmt: skip
-        aead.encrypt_into(nonce, as_bytes(payload), memoryview(head)[:_HEAD], out)
-        return bytes(head)
+        identity = layout.identity
+        header = Header(len(out), layout.block_nbytes, key, layout.fingerprint, codec, identity.tenant)
+        return self._encrypt(header, identity.namespace, payload, out)
+
+    def renew(self, value: Buffer, namespace: bytes) -> bytearray:
+        """Frame ``value``, encrypted or merely sealed, as a frame under the first key. ``FrameError`` as in
+        :meth:`decrypt`, and ``checksum`` for a broken seal."""
+        header, payload = frame.parse(value)
+        if header.encrypted:
+            plain = memoryview(bytearray(len(payload) - TAG_NBYTES))
+            self.decrypt(value, namespace, plain)
+        else:
+            header, plain = frame.verify(value)
+        renewed = bytearray(frame.HEADER_NBYTES + len(plain) + TAG_NBYTES)
+        room = memoryview(renewed)[frame.HEADER_NBYTES :]
+        renewed[: frame.HEADER_NBYTES] = self._encrypt(
+            header._replace(payload_nbytes=len(room)), namespace, plain, room
+        )
+        return renewed
 
     def decrypt(self, value: Buffer, namespace: bytes, out: memoryview) -> None:
         """Fill ``out`` (the payload's bytes less the tag's) with what frame ``value`` holds. ``FrameError``: ``plain``
@@ -108,6 +119,16 @@ class Cipher:
         out = bytearray(len(data) - 37 - TAG_NBYTES)
         self._open(aead, data[25:37], memoryview(data)[37:], context, memoryview(out))
         return out.decode()
+
+    def _encrypt(self, header: Header, namespace: bytes, payload: Buffer, out: memoryview) -> bytes:
+        key_id, salt, aead = self._to_write(b"kvkeep frame 1", namespace)
+        nonce = os.urandom(12)
+        head = frame.pack(
+            header.key, header.layout, header.codec, header.payload_nbytes, header.decoded_nbytes,
+            tenant=header.tenant, key_id=key_id, nonce=nonce, salt=salt,
+        )  # fmt: skip
+        aead.encrypt_into(nonce, as_bytes(payload), memoryview(head)[:_HEAD], out)
+        return bytes(head)
 
     def _open(self, aead: AESGCM, nonce: bytes, data: memoryview, context: Buffer, out: memoryview) -> None:
         if len(out) != len(data) - TAG_NBYTES:

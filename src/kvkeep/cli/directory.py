@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from kvkeep.crypt import Cipher
     from kvkeep.frame import Header
     from kvkeep.keys import BlockKey
+    from kvkeep.stores.base import Store
     from kvkeep.stores.disk import DiskStore
 
 Dir = Annotated[
@@ -23,6 +25,16 @@ Dir = Annotated[
     typer.Argument(
         metavar="[DIR]",
         help="The cache's directory. Default: that of the file KVKEEP_CONFIG names, else ~/.cache/kvkeep.",
+        show_default=False,
+    ),
+]
+
+Place = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[DIR|URL]",
+        help="The cache's directory, or the address of a server, as in redis://host:6379/0. "
+        "Default: the directory that the file KVKEEP_CONFIG names, else ~/.cache/kvkeep.",
         show_default=False,
     ),
 ]
@@ -70,11 +82,42 @@ def open_store(directory: Path, *, write: bool = False, clock: Callable[[], floa
         fail(str(error))
 
 
-def models(directory: Path, cipher: Cipher | None = None) -> dict[bytes, dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a command works on. ``name`` may be shown: an address holds no password there. ``directory`` is None for a
+    server."""
+
+    name: str
+    store: Store
+    directory: Path | None = None
+
+
+@contextmanager
+def opened(place: str | None, *, write: bool = False, clock: Callable[[], float] = time.time) -> Iterator[Kept]:
+    """A directory as :func:`open_store` opens it, or a server. A medium that fails ends the command with a message."""
+    from kvkeep.errors import ConfigError, StoreError
+    from kvkeep.stores import url
+
+    try:
+        if place is not None and url.is_url(place):
+            kept = Kept(url.shown(place), url.open_store(place))
+            kept.store.ping()
+        else:
+            directory = resolve(Path(place) if place else None)
+            kept = Kept(str(directory), open_store(directory, write=write, clock=clock), directory)
+        try:
+            yield kept
+        finally:
+            kept.store.close()
+    except (ConfigError, StoreError) as error:
+        fail(str(error))
+
+
+def models(directory: Path | None, cipher: Cipher | None = None) -> dict[bytes, dict[str, Any]]:
     """Layout fingerprint → what ``KVCache.bind`` noted about it. It is a label only: empty where it cannot be read."""
     from kvkeep import labels
 
-    return labels.read(directory, cipher)
+    return {} if directory is None else labels.read(directory, cipher)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +138,7 @@ class Found:
         return self.cause not in ("", "locked")
 
 
-def scan(store: DiskStore, *, whole: bool, secrets: Secrets | None = None) -> list[Found]:
+def scan(store: Store, *, whole: bool, secrets: Secrets | None = None) -> list[Found]:
     """Every block, read batch by batch. ``whole`` checks the seals too, else the headers only; with the ``secrets``
     of an encrypted cache, what is not encrypted is ``plain``.
 
@@ -119,7 +162,7 @@ def scan(store: DiskStore, *, whole: bool, secrets: Secrets | None = None) -> li
 
 
 def _examine(
-    store: DiskStore,
+    store: Store,
     batch: list[tuple[BlockKey, int]],
     stamps: dict[BlockKey, float],
     whole: bool,

@@ -10,20 +10,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvkeep.cli import secrets
 from kvkeep.cli.directory import Dir, Found, label, models, open_store, plural, resolve, scan
+from kvkeep.cli.secrets import Keys
 from kvkeep.sizes import format_size
 
 
 def stats(
     directory: Dir = None,
+    encryption: Keys = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show what lies in a cache directory: blocks, tokens and bytes of each model.
 
-    Reads the blocks' headers; safe while other processes use the directory.
+    Reads the blocks' headers; safe while other processes use the directory. In an encrypted cache, models have names
+    only for who has the key.
     """
     path = resolve(directory)
-    known = models(path)
+    known = models(path, secrets.read(encryption, None).cipher)
     store = open_store(path)
     blocks = scan(store, whole=False)
     on_disk = store.nbytes_on_disk

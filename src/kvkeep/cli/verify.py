@@ -9,38 +9,47 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kvkeep.cli.directory import Dir, open_store, plural, resolve, scan
+from kvkeep.cli import secrets
+from kvkeep.cli.directory import Place, opened, plural, scan
+from kvkeep.cli.secrets import Keys, Namespaces
 from kvkeep.sizes import format_size
 
 
 def verify(
-    directory: Dir = None,
+    place: Place = None,
+    encryption: Keys = None,
+    namespace: Namespaces = None,
     fix: Annotated[bool, typer.Option("--fix", help="Drop what is damaged.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """Read every block and check its seal.
+    """Read every block and check its seal, or its tag if it is encrypted.
+
+    Blocks whose key or namespace is not given are counted, not checked, and left alone. Where a key is given, a block
+    that is not encrypted counts as damaged: the cache would not believe it.
 
     Safe while other processes use the directory; with --fix, blocks that another process holds are left to it: it
     drops them when it meets them. Exit status 0: all is whole, or was made so; 1: damage remains.
     """
     from kvkeep.frame import CAUSES
 
-    path = resolve(directory)
-    store = open_store(path, write=fix)
-    blocks = scan(store, whole=True)
-    damaged = [block for block in blocks if block.cause]
-    dropped = sum(store.delete(block.key) for block in damaged) if fix else 0
-    store.close()
+    known = secrets.read(encryption, namespace)
+    with opened(place, write=fix) as kept:
+        blocks = scan(kept.store, whole=True, secrets=known)
+        damaged = [block for block in blocks if block.damaged]
+        dropped = sum(kept.store.delete(block.key) for block in damaged) if fix else 0
+    locked = sum(block.cause == "locked" for block in blocks)
     causes = Counter(block.cause for block in damaged)
     if as_json:
-        facts = {"directory": str(path), "blocks": len(blocks), "damaged": len(damaged), "dropped": dropped}
-        print(json.dumps({**facts, "causes": dict(causes)}, ensure_ascii=False))
+        facts = {"directory": kept.name, "blocks": len(blocks), "damaged": len(damaged), "dropped": dropped}
+        print(json.dumps({**facts, "locked": locked, "causes": dict(causes)}, ensure_ascii=False))
     else:
         console = Console(highlight=False)
         total = format_size(sum(block.nbytes for block in blocks))
-        console.print(f"{path}: {plural(len(blocks), 'block')}, {total}, {len(damaged):,} damaged")
+        console.print(f"{kept.name}: {plural(len(blocks), 'block')}, {total}, {len(damaged):,} damaged")
         for cause, count in causes.most_common():
             console.print(f"  {count:,} × {cause}: {CAUSES[cause]}")
+        if locked:
+            console.print(f"  {locked:,} not checked: encrypted, and their key or namespace was not given")
         if fix and damaged:
             console.print(f"dropped {dropped:,}")
             if dropped < len(damaged):
