@@ -1,0 +1,164 @@
+"""Names: what shapes the values of a server's KV cache, and of one request's.
+
+The weights are named by the SHA-256 of their files, a LoRA adapter likewise, an image by the tensors that the model is
+given, a prompt's embeddings by their bytes. vLLM's own block hashes hold adapters' and images' *names*, leave the
+model out and can be seeded by the process, so none of them is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import vllm
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.request import Request
+
+from kvkeep.engines.weights import files_digest, tensor_bytes
+from kvkeep.errors import ConfigError
+from kvkeep.identity import ModelIdentity
+from kvkeep.keys import Extra
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+_ADAPTER = ("adapter_config.json", "adapter_model*", "new_embeddings*")
+_VOLATILE = ("_name_or_path", "name_or_path", "_commit_hash", "transformers_version")
+
+
+def identity(vllm_config: VllmConfig, *, attention: str, namespace: bytes) -> ModelIdentity:
+    """Of the model that this server runs. Raises :class:`ConfigError` where its weights' bytes cannot be seen."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    config = {name: value for name, value in model.hf_config.to_dict().items() if name not in _VOLATILE}
+    text = model.hf_text_config
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    numerics: dict[str, Any] = {
+        "engine": ["vllm", vllm.__version__, current_platform.device_type, attention],
+        "config": config,
+        "dtype": str(model.dtype),
+        "cache_dtype": cache.cache_dtype,
+        "quantization": str(model.quantization),
+        "loading": [str(vllm_config.load_config.load_format), str(vllm_config.load_config.model_loader_extra_config)],
+    }
+    if _rope_depends_on_length(rope):
+        numerics["max_model_len"] = model.max_model_len
+    return ModelIdentity(
+        weights=f"files {files_digest(_weight_files(vllm_config))}",
+        kv_dtype=str(model.dtype).removeprefix("torch."),
+        rope=json.dumps(rope, sort_keys=True, default=str),
+        numerics=json.dumps(numerics, sort_keys=True, default=str),
+        namespace=namespace,
+    )
+
+
+def _rope_depends_on_length(rope: dict[str, Any]) -> bool:
+    kinds = {part.get("rope_type", part.get("type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
+    return bool(kinds - {None, "default", "linear", "llama3"})
+
+
+def _weight_files(vllm_config: VllmConfig) -> list[Path]:
+    model, load = vllm_config.model_config, vllm_config.load_config
+    if str(load.load_format).rpartition(".")[2].lower() == "dummy":
+        raise ConfigError("load_format dummy: weights that come from no file have no name to keep their blocks by")
+    name = str(model.model_weights or model.model)
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        path = _hub_folder(name, model.revision, load.download_dir)
+    files = {file for pattern in _WEIGHTS for file in path.glob(pattern)}
+    if not files:
+        raise ConfigError(f"{path} holds no weights ({', '.join(_WEIGHTS)}) by whose bytes kvkeep could name the model")
+    return sorted(files)
+
+
+def _hub_folder(name: str, revision: str | None, cache_dir: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(name, revision=revision, cache_dir=cache_dir, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        raise ConfigError(f"kvkeep names a model by its weights' bytes; {name} is no folder here: {error}") from None
+    return Path(found)
+
+
+class Adapters:
+    """LoRA adapters by their bytes. One whose files change while the server runs is not kept any more, since nobody
+    says when vLLM reads them again."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, bytes] = {}
+
+    def digest(self, request: Request) -> bytes | None:
+        """Empty without an adapter; ``None`` where the adapter's bytes are not known for certain."""
+        lora = request.lora_request
+        if lora is None:
+            return b""
+        folder = Path(lora.lora_path)
+        files = {file for pattern in _ADAPTER for file in folder.glob(pattern)} if folder.is_dir() else set()
+        if lora.load_inplace or not files:
+            return None
+        try:
+            digest = bytes.fromhex(files_digest(files))
+        except OSError:
+            return None
+        return digest if self._seen.setdefault(lora.lora_int_id, digest) == digest else None
+
+
+def extras(request: Request, adapter: bytes, block_tokens: int) -> tuple[list[Extra], int]:
+    """What shapes the values beside the prompt's tokens, by position; and up to which token that is known.
+
+    What holds for the whole request stands at position 0, from where the chain carries it on.
+    """
+    found: list[Extra] = []
+    limit = 1 << 62
+    if adapter:
+        found.append((0, _digest(b"adapter", adapter)))
+    if request.cache_salt:
+        found.append((0, _digest(b"salt", request.cache_salt.encode())))
+    for feature in request.mm_features:
+        position = feature.mm_position
+        if feature.data is None:  # only a name is left of it here
+            limit = min(limit, position.offset)
+            continue
+        shape = f"{feature.modality} {position.offset} {position.length} {position.is_embed is not None}".encode()
+        found.append((position.offset, _digest(b"media", shape, *_flatten(feature.data.get_data()))))
+        if position.is_embed is not None:
+            found.append((position.offset, _digest(b"mask", bytes(tensor_bytes(position.is_embed)))))
+    if request.prompt_embeds is not None:
+        for start in range(0, request.num_prompt_tokens, block_tokens):
+            rows = tensor_bytes(request.prompt_embeds[start : start + block_tokens])
+            mask = (
+                bytes(request.prompt_is_token_ids[start : start + block_tokens]) if request.prompt_is_token_ids else b""
+            )
+            found.append((start, _digest(b"embeds", str(request.prompt_embeds.dtype).encode(), rows, mask)))
+    return sorted(found), limit
+
+
+def _flatten(value: Any) -> Iterator[bytes | memoryview]:
+    """The bytes of nested tensors, dtypes and shapes included."""
+    if isinstance(value, dict):
+        for name in sorted(value):
+            yield str(name).encode()
+            yield from _flatten(value[name])
+    elif isinstance(value, (list, tuple)):
+        yield f"[{len(value)}]".encode()
+        for item in value:
+            yield from _flatten(item)
+    elif hasattr(value, "untyped_storage"):
+        yield f"{value.dtype} {tuple(value.shape)}".encode()
+        yield tensor_bytes(value)
+    else:
+        yield f"{type(value).__name__} {value!r}".encode()
+
+
+def _digest(*parts: bytes | memoryview) -> bytes:
+    """SHA-256 of length-prefixed parts."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(memoryview(part).nbytes.to_bytes(8, "little"))
+        total.update(part)
+    return total.digest()

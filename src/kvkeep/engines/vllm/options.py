@@ -1,0 +1,62 @@
+"""``kv_connector_extra_config``: the cache's own options, and what is the connector's alone.
+
+Either ``{"config": "kvkeep.toml"}`` or the same keys inline (:mod:`kvkeep.config`: ``dir``, ``memory``, ``disk``,
+``remote``, ``policy``, ``codec``, ``ttl``, ``block_tokens``, …); without any, what ``KVKEEP_CONFIG`` names or the
+defaults. Beside them:
+
+``aligned`` (false): hits end at vLLM's block boundaries only, as those of its own prefix cache do.
+``async_load`` ("auto"): load while other requests are computed. ``true``, ``false``, or "auto": what lies on a remote
+store is loaded so; disk and memory are faster than a round of the scheduler.
+``share`` (true): a request waits while another one computes the same prefix, then takes it from there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from kvkeep import config as cache_config
+from kvkeep import registry
+from kvkeep.config import Config
+from kvkeep.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user wants, checked."""
+
+    cache: Config
+    aligned: bool = False
+    async_load: bool | None = None
+    """``None``: where the blocks lie decides."""
+    share: bool = True
+
+
+def parse(extra: dict[str, Any]) -> Options:
+    """Raises :class:`ConfigError` on an unknown or wrong option, naming the right one."""
+    rest = dict(extra)
+    own: dict[str, Any] = {}
+    for name in ("aligned", "share"):
+        if name in rest:
+            own[name] = _boolean(name, rest.pop(name))
+    if "async_load" in rest:
+        value = rest.pop("async_load")
+        own["async_load"] = None if value == "auto" else _boolean("async_load", value, ' or "auto"')
+    if "config" in rest:
+        path = rest.pop("config")
+        if not isinstance(path, str):
+            raise ConfigError(f"config is the path of a TOML file, not {path!r}")
+        if rest:
+            raise ConfigError(f"give {', '.join(sorted(rest))} in the file that config names, or leave config out")
+        return Options(cache_config.from_file(path), **own)
+    known = [each.name for each in fields(Config)] + ["config", "aligned", "async_load", "share"]
+    for name in rest:
+        if name not in known:
+            raise ConfigError(f"kv_connector_extra_config: no option {name!r}; {registry.nearest(name, known)}")
+    return Options(cache_config.from_dict(rest) if rest else cache_config.load(), **own)
+
+
+def _boolean(name: str, value: Any, more: str = "") -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is true, false{more}, not {value!r}")
+    return value
