@@ -157,6 +157,8 @@ class KVCache(ValueFace):
         keys = self._keys(tokens, extra)
         places = self.store.locate(keys)
         hits = len(places)
+        if self._trace is not None:
+            self._trace.lookup(keys, num_tokens=len(tokens), hit_blocks=hits, now=time.time(), **self._sizes())
         self._observer.event("lookup")
         self._observer.event("hit_tokens", hits * layout.block_tokens)
         self._observer.event("miss_tokens", (len(keys) - hits) * layout.block_tokens)
@@ -166,19 +168,19 @@ class KVCache(ValueFace):
     def lease(self, match: Match) -> Iterator[Lease]:
         """Pin the blocks of ``match`` until the ``with`` block ends, and tell the policies that they are used."""
         now = time.time()
-        by_tier: dict[int, tuple[Tier, list[tuple[BlockKey, Access]]]] = {}
-        parent: BlockKey | None = None
-        for at, (key, tier) in enumerate(zip(match.keys, match.places, strict=True)):
-            access = Access(now, at, match.total_blocks, match.num_blocks, parent)
-            by_tier.setdefault(id(tier), (tier, []))[1].append((key, access))
-            parent = key
+        accesses = [
+            Access(now, at, match.total_blocks, match.num_blocks, match.keys[at - 1] if at else None, self.priority)
+            for at in range(match.num_blocks)
+        ]
+        by_tier: dict[int, tuple[Tier, list[BlockKey]]] = {}
+        for key, tier in zip(match.keys, match.places, strict=True):
+            by_tier.setdefault(id(tier), (tier, []))[1].append(key)
         with ExitStack() as stack:
-            for tier, accesses in by_tier.values():
-                keys = [key for key, _ in accesses]
+            for tier, keys in by_tier.values():
                 tier.pin(keys)
                 stack.callback(tier.unpin, keys)
-                tier.touch(accesses)
                 tier.store.prefetch(keys[: max(1, BATCH_NBYTES // self._bound().block_nbytes)])
+            self.store.touch(match.keys, match.places, self._bound(), accesses)
             yield Lease(match)
 
     def load(self, lease: Lease, sink: KVSink) -> int:

@@ -104,8 +104,9 @@ def open(
         tiered.start()
     _at_exit.add(tiered)
     return KVCache(
-        tiered, counters=counters, observer=told, namespace=namespace, block_tokens=block_tokens, directory=directory
-    )
+        tiered, counters=counters, observer=told, namespace=namespace, block_tokens=block_tokens, directory=directory,
+        remote=remote,
+    )  # fmt: skip
 
 
 @memoize

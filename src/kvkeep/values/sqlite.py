@@ -1,0 +1,268 @@
+"""The index of a directory: a SQLite file that any number of processes share.
+
+Time is the wall clock, which all processes of a machine have in common and a restart does not reset; an entry written
+in the future, as seen after the clock was set back, is missing. A file that SQLite calls damaged is replaced by an
+empty one. At most ``capacity`` bytes: the oldest entries make room.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kvkeep.errors import StoreError
+from kvkeep.values.index import Found, Index, Item, Usage
+
+T = TypeVar("T")
+
+FILE = "values.sqlite"
+PAGE_NBYTES = 4096
+MIN_PAGES = 24
+BUSY_SECONDS = 0.5
+IN_LIST = 500
+"""Names in one question."""
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS entries (
+  name BLOB PRIMARY KEY, body BLOB NOT NULL, born REAL NOT NULL, until REAL, grp BLOB, nbytes INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS by_group ON entries (grp) WHERE grp IS NOT NULL;
+CREATE INDEX IF NOT EXISTS by_end ON entries (until) WHERE until IS NOT NULL;
+"""
+_LIVE = "born <= ? AND (until IS NULL OR until > ?)"
+
+_abandoned: list[sqlite3.Connection] = []
+"""Connections of a parent process: closing one here would take the parent's locks away."""
+
+
+class SqliteIndex(Index):
+    """In ``directory``, made when it is used first."""
+
+    def __init__(self, directory: Path, *, capacity: int = 64 << 20, clock: Callable[[], float] = time.time) -> None:
+        self._path = directory / FILE
+        # The file and the log beside it, which is a quarter of it.
+        self._pages = max(capacity * 4 // 5 // PAGE_NBYTES, MIN_PAGES)
+        self._clock = clock
+        self._closed = False
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None
+
+    def get_many(self, names: Sequence[bytes]) -> list[Found | None]:
+        now = self._clock()
+        found: dict[bytes, Found] = {}
+        with self._working() as database:
+            for start in range(0, len(names), IN_LIST):
+                some = names[start : start + IN_LIST]
+                marks = ",".join("?" * len(some))
+                question = f"SELECT name, body, until FROM entries WHERE name IN ({marks}) AND {_LIVE}"
+                for name, body, until in database.execute(question, (*some, now, now)):
+                    if type(body) is bytes and (until is None or type(until) is float):
+                        found[name] = Found(body, None if until is None else until - now)
+        return [found.get(name) for name in names]
+
+    def set_many(self, items: Sequence[Item]) -> list[bytes]:
+        now = self._clock()
+        rows = [
+            (item.name, item.body, now, None if item.life is None else now + item.life, item.group, item.nbytes)
+            for item in items
+        ]
+
+        def work(database: sqlite3.Connection) -> list[bytes]:
+            left = [group for item in items for group in _groups_of(database, item.name)]
+            database.executemany(
+                "INSERT OR REPLACE INTO entries (name, body, born, until, grp, nbytes) VALUES (?, ?, ?, ?, ?, ?)", rows
+            )
+            return _empty(database, left)
+
+        return self._write(work)
+
+    def delete(self, name: bytes) -> tuple[bool, list[bytes]]:
+        now = self._clock()
+
+        def work(database: sqlite3.Connection) -> tuple[bool, list[bytes]]:
+            left = _groups_of(database, name)
+            rows = database.execute("DELETE FROM entries WHERE name = ? RETURNING born, until", (name,)).fetchall()
+            there = any(born <= now and (until is None or until > now) for born, until in rows)
+            return there, _empty(database, left)
+
+        return self._write(work)
+
+    def add(self, name: bytes, body: bytes, life: float | None) -> bool:
+        now = self._clock()
+
+        def work(database: sqlite3.Connection) -> bool:
+            if database.execute(f"SELECT 1 FROM entries WHERE name = ? AND {_LIVE}", (name, now, now)).fetchone():
+                return False
+            database.execute(
+                "INSERT OR REPLACE INTO entries (name, body, born, until, nbytes) VALUES (?, ?, ?, ?, 0)",
+                (name, body, now, None if life is None else now + life),
+            )
+            return True
+
+        return self._write(work)
+
+    def renew(self, name: bytes, body: bytes, life: float) -> bool:
+        now = self._clock()
+        change = f"UPDATE entries SET until = ? WHERE name = ? AND body = ? AND {_LIVE}"
+        return self._write(lambda database: database.execute(change, (now + life, name, body, now, now)).rowcount > 0)
+
+    def release(self, name: bytes, body: bytes) -> bool:
+        now = self._clock()
+        change = f"DELETE FROM entries WHERE name = ? AND body = ? AND {_LIVE}"
+        return self._write(lambda database: database.execute(change, (name, body, now, now)).rowcount > 0)
+
+    def members(self, group: bytes) -> list[bytes]:
+        with self._working() as database:
+            return [name for (name,) in database.execute("SELECT name FROM entries WHERE grp = ?", (group,))]
+
+    def usage(self) -> Usage:
+        with self._working() as database:
+            names, nbytes = database.execute(
+                "SELECT count(*), ifnull(sum(nbytes), 0) FROM entries WHERE grp IS NOT NULL"
+            ).fetchone()
+            values, stored = database.execute(
+                "SELECT count(*), ifnull(sum(n), 0) FROM "
+                "(SELECT max(nbytes) AS n FROM entries WHERE grp IS NOT NULL GROUP BY grp)"
+            ).fetchone()
+        return Usage(names, nbytes, values, stored)
+
+    def maintain(self) -> list[bytes]:
+        self._reopen_if_replaced()
+        now = self._clock()
+        with self._working() as database:
+            over = database.execute("SELECT 1 FROM entries WHERE until <= ? LIMIT 1", (now,)).fetchone()
+        if not over:
+            return []
+
+        def work(database: sqlite3.Connection) -> list[bytes]:
+            rows = database.execute("DELETE FROM entries WHERE until <= ? RETURNING grp", (now,)).fetchall()
+            return _empty(database, [group for (group,) in rows if group is not None])
+
+        return self._write(work)
+
+    def ping(self) -> None:
+        with self._working() as database:
+            database.execute("SELECT 1 FROM entries LIMIT 1").fetchone()
+
+    def after_fork(self) -> None:
+        if self._connection is not None:
+            _abandoned.append(self._connection)
+        self._connection = None
+        self._lock = threading.RLock()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._drop()
+
+    @contextmanager
+    def _working(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                yield self._open()
+            except sqlite3.OperationalError as error:
+                code = error.sqlite_errorcode & 0xFF
+                cause = {sqlite3.SQLITE_BUSY: "timeout", sqlite3.SQLITE_FULL: "full",
+                         sqlite3.SQLITE_READONLY: "readonly"}.get(code, "error")  # fmt: skip
+                raise StoreError(f"{self._path}: {error}", cause=cause) from error
+            except sqlite3.DatabaseError as error:
+                self._drop()
+                for suffix in ("", "-wal", "-shm"):
+                    with suppress(OSError):
+                        os.unlink(f"{self._path}{suffix}")
+                raise StoreError(f"{self._path} was damaged and is made anew: {error}", cause="garbage") from error
+            except OSError as error:
+                raise StoreError(f"{self._path}: {error.strerror}") from error
+
+    def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """``work`` as one transaction. A full file loses its oldest quarter first."""
+        try:
+            return self._transaction(work)
+        except StoreError as error:
+            if error.cause != "full":
+                raise
+
+        def make_room(database: sqlite3.Connection) -> None:
+            (count,) = database.execute("SELECT count(*) FROM entries").fetchone()
+            oldest = "SELECT name FROM entries ORDER BY born LIMIT ?"
+            database.execute(f"DELETE FROM entries WHERE name IN ({oldest})", (max(1, count // 4),))
+
+        self._transaction(make_room)
+        return self._transaction(work)
+
+    def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        with self._working() as database:
+            database.execute("BEGIN IMMEDIATE")
+            try:
+                made = work(database)
+                database.execute("COMMIT")
+            except BaseException:
+                with suppress(sqlite3.Error):
+                    database.execute("ROLLBACK")
+                raise
+            return made
+
+    def _open(self) -> sqlite3.Connection:
+        if self._closed:
+            raise StoreError("this index is closed", cause="closed")
+        if self._connection is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            database = sqlite3.connect(
+                self._path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=64
+            )
+            try:
+                for order in (
+                    f"PRAGMA page_size = {PAGE_NBYTES}",
+                    "PRAGMA trusted_schema = OFF",
+                    "PRAGMA journal_mode = WAL",
+                    "PRAGMA synchronous = OFF",
+                    f"PRAGMA max_page_count = {self._pages}",
+                    f"PRAGMA wal_autocheckpoint = {max(self._pages // 5, 8)}",
+                    f"PRAGMA journal_size_limit = {self._pages // 4 * PAGE_NBYTES}",
+                    "PRAGMA mmap_size = 0",
+                ):
+                    database.execute(order).fetchall()
+                database.executescript(_SCHEMA)
+            except sqlite3.Error:
+                database.close()
+                raise
+            self._connection = database
+            self._file = _identity(self._path)
+        return self._connection
+
+    def _reopen_if_replaced(self) -> None:
+        """Another process may have found the file damaged."""
+        with self._lock:
+            if self._connection is not None and _identity(self._path) != self._file:
+                self._drop()
+
+    def _drop(self) -> None:
+        if self._connection is not None:
+            with suppress(sqlite3.Error):
+                self._connection.close()
+            self._connection = None
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _groups_of(database: sqlite3.Connection, name: bytes) -> list[Any]:
+    rows = database.execute("SELECT grp FROM entries WHERE name = ? AND grp IS NOT NULL", (name,))
+    return [group for (group,) in rows]
+
+
+def _empty(database: sqlite3.Connection, groups: Sequence[Any]) -> list[bytes]:
+    question = "SELECT 1 FROM entries WHERE grp = ? LIMIT 1"
+    return [group for group in set(groups) if database.execute(question, (group,)).fetchone() is None]

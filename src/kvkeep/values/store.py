@@ -1,0 +1,351 @@
+"""Values under names: the index says which bytes a name stands for, the tiers keep the bytes.
+
+Bytes are named by their digest, so equal values lie there once, never change, and go through the same frames, codecs
+and encryption as blocks do. They are written before the name is. A value no longer than the reference to it stands in
+the index itself. A tenant's namespace is part of every name and digest, so tenants share nothing.
+
+Whatever the media do, a read is a miss and a write is not kept, and a counter says why. Only what the caller did wrong
+raises: ``TypeError`` for an object, ``ValueError`` for a life that is none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from kvkeep.breaker import Breaker
+from kvkeep.buffers import Buffer, BufferPool, as_bytes, nbytes_of
+from kvkeep.errors import StoreError
+from kvkeep.events import Observer
+from kvkeep.flight import Flight
+from kvkeep.frame import MAX_PAYLOAD_NBYTES
+from kvkeep.identity import ModelIdentity, derive
+from kvkeep.keys import BlockKey
+from kvkeep.layout import KVLayout, LayerGroup
+from kvkeep.policies.base import Access
+from kvkeep.tiered import TieredStore
+from kvkeep.values.entry import MAX_TAGS, Entry, decode, encode
+from kvkeep.values.form import FormError, pack, unpack
+from kvkeep.values.index import Found, Index, Item, Usage
+
+IN_PLACE_NBYTES = 64
+"""A reference (digest, length, frame) costs more."""
+
+LONGEST_WAIT_SECONDS = 60.0
+
+Tags = Sequence[tuple[bytes, bytes]]
+"""Names of tags, each with its generation now."""
+
+MISSING: Any = object()
+
+T = TypeVar("T")
+
+
+class Values:
+    """``index`` is where names are, ``tiers`` where bytes are, ``flight`` who computes."""
+
+    def __init__(
+        self, tiers: TieredStore, index: Index, flight: Flight, *, namespace: bytes = b"", observer: Observer
+    ) -> None:
+        self.index = index
+        self.flight = flight
+        self._tiers = tiers
+        self._namespace = namespace
+        self._observer = observer
+        self._naming = hmac.new(namespace, b"kvkeep value name 1\0", hashlib.sha256)
+        self._breaker = Breaker("index", observer)
+        self._breaker.on_open = tiers.start
+        self._pool = BufferPool()
+        tiers.upkeep.append(self._maintain)
+
+    # Names
+
+    def set_many(
+        self, values: Mapping[Any, Any], *, ttl: float | None = None, tags: Iterable[str] = (), stale: float = 0.0
+    ) -> int:
+        """Set each; how many are kept. Raises ``TypeError`` before anything is set."""
+        packed = [(pack_key(key), pack(value)) for key, value in values.items()]
+        return self.set_packed(packed, ttl=ttl, stale=stale, tags=self.generations(tags))
+
+    def set_packed(
+        self, packed: Sequence[tuple[bytes, list[Buffer]]], *, ttl: float | None, stale: float, tags: Tags | None
+    ) -> int:
+        """The same, packed; with ``tags`` as they were when the computing began (None: they are not known)."""
+        if (ttl is not None and not 0 < ttl < float("inf")) or not 0 <= stale < float("inf"):
+            raise ValueError(f"ttl is a number of seconds above 0, or None; stale at least 0: not {ttl} and {stale}")
+        if tags is None:
+            return 0
+        items = []
+        for key, parts in packed:
+            nbytes = nbytes_of(parts)
+            digest = self._digest(parts)
+            value = b"".join(parts) if nbytes <= IN_PLACE_NBYTES else None
+            if value is None and not self._keep(BlockKey(digest), parts, nbytes):
+                continue
+            name = self.name(key)
+            entry = Entry(digest, nbytes, key, tuple(tags), stale if ttl is not None else 0.0, value)
+            life = None if ttl is None else ttl + stale
+            kept_nbytes = nbytes if value is None else 0
+            items.append(Item(name, encode(name, entry), life, digest, kept_nbytes))
+        orphans = self._asked(lambda: self.index.set_many(items), "a write") if items else []
+        if orphans is None:
+            return 0
+        self._forget(orphans)
+        self._observer.event("value_set", len(items), nbytes=sum(item.nbytes for item in items))
+        return len(items)
+
+    def get_many(self, keys: Sequence[Any], default: Any = None) -> list[Any]:
+        """The values, ``default`` where there is none."""
+        found = self.look_up([self.name(pack_key(key)) for key in keys])
+        return [default if value is MISSING else value for value, fresh in found]
+
+    def look_up(self, names: Sequence[bytes], *, stale: bool = False) -> list[tuple[Any, bool]]:
+        """Each value, or :data:`MISSING`, and whether it is fresh. ``stale`` ones only if asked for."""
+        entries = self._entries(names)
+        return [self._value(entry, fresh, stale) for entry, fresh in entries]
+
+    def delete(self, key: Any) -> bool:
+        """Forget ``key``, and its bytes if no other key has them; was it there?"""
+        name = self.name(pack_key(key))
+        gone = self._asked(lambda: self.index.delete(name), "a deletion")
+        if gone is None:
+            return False
+        there, orphans = gone
+        self._forget(orphans)
+        return bool(there)
+
+    def keys_of(self, value: Any) -> list[Any]:
+        """Keys under which a value equal to this one, bit for bit, can be got now."""
+        digest = self._digest(pack(value))
+        names = self._asked(lambda: self.index.members(digest), "a lookup") or []
+        keys = []
+        for entry, fresh in self._entries(names):
+            if entry is not None and fresh and entry.digest == digest:
+                try:
+                    keys.append(unpack(entry.key))
+                except FormError:
+                    self._missed("corrupt")
+        return keys
+
+    # Tags
+
+    def generations(self, tags: Iterable[str]) -> Tags | None:
+        """``tags`` as they are now, for :meth:`set_packed`. None if the index does not answer.
+
+        A generation is a random token that is made when it is first asked for. A token that an index has lost is
+        never made again, so what was stored under it stays lost.
+        """
+        if isinstance(tags, str):
+            raise TypeError("tags is a list of texts, not one text")
+        names = [derive(self._namespace, b"kvkeep value tag 1", (tag.encode(),)) for tag in dict.fromkeys(tags)]
+        if len(names) > MAX_TAGS:
+            raise ValueError(f"{len(names)} tags: a value has at most {MAX_TAGS}")
+        if not names:
+            return ()
+        return self._asked(lambda: self._generations(names), "a lookup")
+
+    def _generations(self, names: Sequence[bytes]) -> Tags | None:
+        for name, found in zip(names, self.index.get_many(names), strict=True):
+            if found is None:
+                self.index.add(name, secrets.token_bytes(16), None)
+        made = self.index.get_many(names)
+        return [(name, found.body) for name, found in zip(names, made, strict=True) if found and len(found.body) == 16]
+
+    def invalidate(self, tag: str) -> bool:
+        """Make everything stale that carries ``tag``; was the index told?"""
+        name = derive(self._namespace, b"kvkeep value tag 1", (tag.encode(),))
+        return self._asked(lambda: self.index.delete(name), "a write") is not None
+
+    # Computing
+
+    def get_or_compute(
+        self,
+        key: Any,
+        compute: Callable[[], Any],
+        *,
+        ttl: float | None = None,
+        stale: float = 0.0,
+        tags: Iterable[str] = (),
+        wait: float = LONGEST_WAIT_SECONDS,
+    ) -> Any:
+        """The value of ``key``, computed by one of all who ask for it now."""
+        packed_key = pack_key(key)
+        name = self.name(packed_key)
+        tags = list(tags)
+
+        def fresh() -> Any:
+            ((value, _),) = self.look_up([name])
+            return value
+
+        ((value, is_fresh),) = self.look_up([name], stale=stale > 0)
+        if value is not MISSING and is_fresh:
+            return value
+        answer: list[Any] = []
+
+        def ready() -> bool:
+            found = fresh()
+            if found is not MISSING:
+                answer.append(found)
+            return bool(answer)
+
+        claim = self.flight.take(name) if value is not MISSING else self.flight.wait(name, wait, ready)
+        if claim is None:
+            if answer:
+                return answer[0]
+            return compute() if value is MISSING else value
+        try:
+            if ready():  # it came between the look and the claim
+                return answer[0]
+            generations = self.generations(tags)
+            made = compute()
+            self.set_packed([(packed_key, pack(made))], ttl=ttl, stale=stale, tags=generations)
+            return made
+        finally:
+            self.flight.release(claim)
+
+    # Inside
+
+    def name(self, key: bytes) -> bytes:
+        mac = self._naming.copy()
+        mac.update(key)
+        return mac.digest()
+
+    def usage(self) -> Usage | None:
+        return self._asked(self.index.usage, "a lookup")
+
+    def close(self) -> None:
+        self.index.close()
+
+    def after_fork(self) -> None:
+        self.index.after_fork()
+
+    def _entries(self, names: Sequence[bytes]) -> list[tuple[Entry | None, bool]]:
+        """Each entry that still stands, and whether it is fresh."""
+        found = self._asked(lambda: self.index.get_many(names), "a lookup")
+        if found is None:
+            return [(None, False)] * len(names)
+        entries = [None if one is None else decode(name, one.body) for name, one in zip(names, found, strict=True)]
+        now = self._tags_of([entry for entry in entries if entry is not None])
+        result: list[tuple[Entry | None, bool]] = []
+        for entry, one in zip(entries, found, strict=True):
+            if entry is None or one is None:
+                self._missed("absent" if one is None else "corrupt")
+                result.append((None, False))
+            elif any(now.get(tag) != generation for tag, generation in entry.tags):
+                self._missed("invalidated")
+                result.append((None, False))
+            else:
+                result.append((entry, one.left is None or one.left > entry.stale))
+        return result
+
+    def _tags_of(self, entries: Sequence[Entry]) -> dict[bytes, bytes]:
+        tags = list({tag for entry in entries for tag, _ in entry.tags})
+        if not tags:
+            return {}
+        found: Sequence[Found | None] = self._asked(lambda: self.index.get_many(tags), "a lookup") or []
+        return {tag: one.body for tag, one in zip(tags, found, strict=False) if one is not None}
+
+    def _value(self, entry: Entry | None, fresh: bool, stale: bool) -> tuple[Any, bool]:
+        if entry is None:
+            return MISSING, False
+        if not fresh and not stale:
+            self._missed("stale")
+            return MISSING, False
+        try:
+            value = self._fetch(BlockKey(entry.digest), entry.nbytes) if entry.value is None else unpack(entry.value)
+        except FormError:
+            self._missed("corrupt")
+            return MISSING, False
+        if value is MISSING:
+            self._missed("lost")
+            return MISSING, False
+        self._observer.event("value_hit", nbytes=entry.nbytes)
+        return value, fresh
+
+    def _keep(self, key: BlockKey, parts: Sequence[Buffer], nbytes: int) -> bool:
+        if nbytes > MAX_PAYLOAD_NBYTES:
+            self._observer.event("dropped", nbytes=nbytes, cause="too large")
+            return False
+        last = self._tiers.tiers[-1]
+        if last.contains_many([key])[0]:
+            self._observer.event("value_shared", nbytes=nbytes)
+            return True
+        with self._pool.borrow(nbytes) as room:
+            at = 0
+            for part in parts:
+                view = as_bytes(part)
+                room[at : at + len(view)] = view
+                at += len(view)
+            return self._tiers.save_now(key, room, layout_of(nbytes, self._namespace), Access(time.time()))
+
+    def _fetch(self, key: BlockKey, nbytes: int) -> Any:
+        """The value whose bytes these are, or MISSING. Raises :class:`FormError`."""
+        if not 0 < nbytes <= MAX_PAYLOAD_NBYTES:
+            raise FormError(f"a value of {nbytes} bytes")
+        layout = layout_of(nbytes, self._namespace)
+        # A server is not asked whether it has it: it will say when it is asked for the bytes.
+        place = next((tier for tier in self._tiers.tiers if not tier.owned or tier.contains_many([key])[0]), None)
+        if place is None:
+            return MISSING
+        value = MISSING
+        for _, payload in self._tiers.blocks([key], [place], layout):
+            value = unpack(payload)
+        if value is not MISSING:
+            now = time.time()
+            place.touch([(key, Access(now))])
+            self._tiers.promote([key], [place], layout, now)
+        return value
+
+    def _forget(self, orphans: Sequence[bytes]) -> None:
+        for digest in orphans:
+            for tier in self._tiers.tiers:
+                tier.delete(BlockKey(digest))
+
+    def _digest(self, parts: Sequence[Buffer]) -> bytes:
+        content = hashlib.sha256()
+        for part in parts:
+            content.update(part)
+        return derive(self._namespace, b"kvkeep value 1", (content.digest(),))
+
+    def _missed(self, cause: str) -> None:
+        self._observer.event("value_miss", cause=cause)
+
+    def _asked(self, question: Callable[[], T], operation: str) -> T | None:
+        """The index's answer, or None while it is out of order."""
+        if not self._breaker.closed:
+            return None
+        try:
+            return question()
+        except StoreError as error:
+            self._breaker.failed(operation, error)
+            return None
+
+    def _maintain(self) -> None:
+        self._breaker.probe(self.index.ping)
+        self._forget(self._asked(self.index.maintain, "housekeeping") or [])
+
+
+def pack_key(key: Any) -> bytes:
+    """A key may be a text, bytes, a number, or a tuple of these. Raises ``TypeError``."""
+    _check_key(key)
+    return b"".join(pack(key))
+
+
+def _check_key(key: Any) -> None:
+    if type(key) is tuple:
+        for part in key:
+            _check_key(part)
+    elif type(key) not in (str, bytes, int, float, bool, type(None)):
+        raise TypeError(f"a key is a text, bytes, a number or a tuple of these, not a {type(key).__qualname__}")
+
+
+@lru_cache(maxsize=4096)
+def layout_of(nbytes: int, namespace: bytes) -> KVLayout:
+    """The layout of a value's bytes: one opaque block."""
+    identity = ModelIdentity(weights="kvkeep values 1", kv_dtype="uint8", namespace=namespace)
+    return KVLayout(identity, (LayerGroup(1, 1, nbytes, 0),), "uint8", block_tokens=1)
