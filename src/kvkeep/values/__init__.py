@@ -7,6 +7,7 @@ them with the tiers; ``functions`` gives a function its name; ``face`` is what a
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,22 +24,30 @@ SHARE = 64
 MIN_NBYTES, MAX_NBYTES = 128 << 10, 64 << 20
 
 
-def open_values(
-    tiers: TieredStore, *, namespace: bytes, observer: Observer, directory: Path | None, remote: str | None
-) -> Values:
+INDEXES = {"kvkeep.stores.redis": "kvkeep.values.redis:RedisIndex"}
+"""A store's module, and the index on the same medium. Beside other servers an index is local."""
+
+
+def open_values(tiers: TieredStore, *, namespace: bytes, observer: Observer, directory: Path | None) -> Values:
     """The index lies where most can see it: on the server if there is one, else in the directory, else in memory."""
-    from kvkeep.flight import FileLocks, Flight, Locks
+    from kvkeep.flight import FileLocks, Flight, Locks, ServerLocks
     from kvkeep.values.index import Index, MemoryIndex
     from kvkeep.values.store import Values
 
-    locks: list[Locks] = [] if directory is None else [FileLocks(directory / CLAIMS_FILE)]
     capacity = max(tier.store.capacity or 0 for tier in tiers.tiers) // SHARE
     capacity = min(max(capacity, MIN_NBYTES), MAX_NBYTES)
+    locks: list[Locks] = [] if directory is None else [FileLocks(directory / CLAIMS_FILE)]
+    last = tiers.tiers[-1].store
     index: Index
-    if directory is not None:
+    if type(last).__module__ in INDEXES:
+        module, _, name = INDEXES[type(last).__module__].partition(":")
+        index = getattr(import_module(module), name)(last)
+        locks.append(ServerLocks(index))
+    elif directory is not None:
         from kvkeep.values.sqlite import SqliteIndex
 
         index = SqliteIndex(directory, capacity=capacity)
     else:
         index = MemoryIndex(capacity)
-    return Values(tiers, index, Flight(locks, written=lambda: tiers.flush(0)), namespace=namespace, observer=observer)
+    flight = Flight(locks, written=lambda: tiers.flush(0))
+    return Values(tiers, index, flight, namespace=namespace, observer=observer)

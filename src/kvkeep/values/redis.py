@@ -1,0 +1,152 @@
+"""The index of a Redis or Valkey server, or of a cluster of them, over the connections of the store beside it.
+
+::
+
+    PREFIX:v:NAME     group (32 bytes, zero if none), body; expires by itself
+    PREFIX:g:GROUP    the set of the names in a group; expires with the last of them
+
+NAME and GROUP are hexadecimal. Each operation is one script on one key, which the server runs as a whole, so it does
+not matter on which node of a cluster a key lies. Scripts go by their text: the server has compiled them after the first
+time. Time is the server's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvkeep.errors import StoreError
+from kvkeep.stores.redis import RedisStore
+from kvkeep.stores.redis_wire import Wire, outcome, pack
+from kvkeep.values.index import NAME_NBYTES, Found, Index, Item
+
+NO_GROUP = bytes(NAME_NBYTES)
+BATCH = 500
+LARGEST_NBYTES = 64 << 20
+RATE = 50e6
+
+# Every script answers with a text, or with nothing where there is no entry.
+_GET = b"""local v = redis.call('GET', KEYS[1])
+if not v then return v end
+return string.format('%020d', redis.call('PTTL', KEYS[1])) .. v"""
+_SET = b"""local old = redis.call('GETRANGE', KEYS[1], 0, 31)
+if ARGV[2] == '' then redis.call('SET', KEYS[1], ARGV[1]) else redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2]) end
+return old"""
+_DELETE = b"""local old = redis.call('GETRANGE', KEYS[1], 0, 31)
+return redis.call('DEL', KEYS[1]) .. old"""
+_ADD = b"""local set
+if ARGV[2] == '' then set = redis.call('SET', KEYS[1], ARGV[1], 'NX')
+else set = redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) end
+return set and '1' or '0'"""
+_RENEW = b"""if redis.call('GET', KEYS[1]) ~= ARGV[1] then return '0' end
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return '1'"""
+_RELEASE = b"""if redis.call('GET', KEYS[1]) ~= ARGV[1] then return '0' end
+redis.call('DEL', KEYS[1])
+return '1'"""
+_JOIN = b"""local left = redis.call('PTTL', KEYS[1])
+redis.call('SADD', KEYS[1], ARGV[1])
+if ARGV[2] == '' then redis.call('PERSIST', KEYS[1])
+elseif left == -2 or (left >= 0 and left < tonumber(ARGV[2])) then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
+return '1'"""
+_LEAVE = b"""if redis.call('SREM', KEYS[1], ARGV[1]) == 0 then return '-1' end
+return tostring(redis.call('SCARD', KEYS[1]))"""
+_MEMBERS = b"return table.concat(redis.call('SMEMBERS', KEYS[1]))"
+
+Call = tuple[bytes, bytes, tuple[bytes, ...]]
+"""A script, its key and its arguments."""
+
+
+class RedisIndex(Index):
+    """On the servers of ``store``, which opens and closes the connections."""
+
+    def __init__(self, store: RedisStore) -> None:
+        self._store = store
+        self._entry = store.prefix.encode() + b":v:"
+        self._set = store.prefix.encode() + b":g:"
+
+    def get_many(self, names: Sequence[bytes]) -> list[Found | None]:
+        found: list[Found | None] = []
+        for reply in self._ask([(_GET, self._name(name), ()) for name in names]):
+            if reply is None or len(reply) < 20 + NAME_NBYTES or not reply[:20].lstrip(b"-").isdigit():
+                found.append(None)
+            else:
+                milliseconds = int(reply[:20])
+                found.append(Found(reply[20 + NAME_NBYTES :], None if milliseconds < 0 else milliseconds / 1000))
+        return found
+
+    def set_many(self, items: Sequence[Item]) -> list[bytes]:
+        """A name joins its group before it is set, so a group that is empty has no name that stands."""
+        calls: list[Call] = [
+            (_JOIN, self._group(item.group), (item.name, _milliseconds(item.life)))
+            for item in items
+            if item.group is not None
+        ]
+        joined = len(calls)
+        for item in items:
+            body = (item.group or NO_GROUP) + item.body
+            calls.append((_SET, self._name(item.name), (body, _milliseconds(item.life))))
+        replies = self._ask(calls)
+        if None in replies:
+            raise StoreError("a node of the cluster did not answer", cause="unreachable")
+        pairs = zip(items, replies[joined:], strict=True)
+        left = [(old, item.name) for item, old in pairs if len(old) == NAME_NBYTES and old not in (item.group, NO_GROUP)]
+        return self._leave(left)
+
+    def delete(self, name: bytes) -> tuple[bool, list[bytes]]:
+        (reply,) = self._ask([(_DELETE, self._name(name), ())])
+        old = (reply or b"")[1:]
+        left = [(old, name)] if len(old) == NAME_NBYTES and old != NO_GROUP else []
+        return (reply or b"")[:1] == b"1", self._leave(left)
+
+    def add(self, name: bytes, body: bytes, life: float | None) -> bool:
+        return self._ask([(_ADD, self._name(name), (NO_GROUP + body, _milliseconds(life)))]) == [b"1"]
+
+    def renew(self, name: bytes, body: bytes, life: float) -> bool:
+        return self._ask([(_RENEW, self._name(name), (NO_GROUP + body, _milliseconds(life)))]) == [b"1"]
+
+    def release(self, name: bytes, body: bytes) -> bool:
+        return self._ask([(_RELEASE, self._name(name), (NO_GROUP + body,))]) == [b"1"]
+
+    def members(self, group: bytes) -> list[bytes]:
+        (reply,) = self._ask([(_MEMBERS, self._group(group), ())])
+        joined = reply or b""
+        return [joined[at : at + NAME_NBYTES] for at in range(0, len(joined), NAME_NBYTES)]
+
+    def ping(self) -> None:
+        self._store.ping()
+
+    def _leave(self, left: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
+        replies = self._ask([(_LEAVE, self._group(group), (name,)) for group, name in left])
+        return list({group for (group, _), reply in zip(left, replies, strict=True) if reply == b"0"})
+
+    def _name(self, name: bytes) -> bytes:
+        return self._entry + name.hex().encode()
+
+    def _group(self, group: bytes) -> bytes:
+        return self._set + group.hex().encode()
+
+    def _ask(self, calls: Sequence[Call]) -> list[bytes | None]:
+        """Each script's answer, in as few round trips as there are batches and nodes. None too where a node of a
+        cluster does not answer while others do."""
+        replies: list[bytes | None] = []
+        for start in range(0, len(calls), BATCH):
+            batch = calls[start : start + BATCH]
+
+            def work(wire: Wire, group: Sequence[int], batch: Sequence[Call] = batch) -> Sequence[Any]:
+                asked = [batch[index] for index in group]
+                wire.send([b"".join(pack(b"EVAL", script, b"1", key, *words) for script, key, words in asked)])
+                return [_answer(wire) for _ in asked]
+
+            found = self._store.servers.ask([key for _, key, _ in batch], self._store.lookup_timeout, work)
+            replies += [None if reply is None else bytes(reply) for reply in found]
+        return replies
+
+
+def _answer(wire: Wire) -> Any:
+    reply = wire.bulk(lambda nbytes: memoryview(bytearray(nbytes)), LARGEST_NBYTES, RATE)
+    return outcome(reply) if isinstance(reply, bytes) else reply
+
+
+def _milliseconds(life: float | None) -> bytes:
+    return b"" if life is None else b"%d" % max(1, round(life * 1000))
