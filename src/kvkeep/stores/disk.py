@@ -16,6 +16,7 @@ that does not check.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import re
 import stat
@@ -43,6 +44,9 @@ _NAME = re.compile(r"slab-(\d{6})\.data")
 _ZEROS = bytes(PAGE)
 _IOV_MAX = 512  # half of Linux's limit
 MIN_CAPACITY = 256 << 10
+LOCK_SECONDS = 10.0
+
+log = logging.getLogger("kvkeep")
 
 Location = tuple["_Slab", int, int]
 """Slab, first page, bytes."""
@@ -73,7 +77,8 @@ class DiskStore(Store):
     """A directory of slabs that never takes more than ``capacity`` bytes, logs included.
 
     ``read_only``: look, never adopt, write or delete (for tools). ``clock`` stamps the log.
-    Files are made 0600, the directory 0700; links and anything that is no regular file are ignored.
+    Files are made 0600, the directory 0700. Links, and anything that is not a regular file of this user's, are
+    ignored (``read_only`` looks at others' too).
     """
 
     def __init__(
@@ -110,10 +115,15 @@ class DiskStore(Store):
         try:
             if not self._read_only:
                 self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+                if self.path.stat().st_mode & 0o022:
+                    log.warning("%s: others may write there; what they leave is ignored, but chmod 700 it", self.path)
             self._scan()
             if not self._read_only:
                 self._shrink()
                 self._adopt_all()
+            ignored = len(self._files()) - len(self._slabs)
+            if ignored > 0:
+                log.warning("%s: ignores %d files that are no slabs of this user, or empty", self.path, ignored)
         except OSError as error:
             raise StoreError(f"cannot open {self.path}: {error}") from error
 
@@ -357,7 +367,8 @@ class DiskStore(Store):
         data = b"".join(lines)
         path = self._log_path(slab.number)
         temporary = path.with_suffix(".new")
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        temporary.unlink(missing_ok=True)
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             if os.pwrite(fd, data, 0) != len(data):
                 raise OSError("the log was not written whole")
@@ -375,7 +386,7 @@ class DiskStore(Store):
         if not whole or slab.log_at > RECORD_NBYTES * (2 * len(slab.live) + 256):
             self._rewrite_log(slab)
             return
-        fd = os.open(self._log_path(slab.number), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = self._open_file(self._log_path(slab.number), os.O_RDWR)
         os.close(slab.log_fd)
         slab.log_fd = fd
 
@@ -386,6 +397,19 @@ class DiskStore(Store):
 
     def _data_path(self, number: int) -> Path:
         return self.path / f"slab-{number:06}.data"
+
+    def _open_file(self, path: Path, flags: int) -> int:
+        """Open a slab's file. Raises ``OSError`` on anything that this store, or another of the same user, cannot have
+        left there: a link, a pipe, another user's file."""
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        status = os.fstat(fd)
+        ours = self._read_only or status.st_uid == os.geteuid()
+        if not stat.S_ISREG(status.st_mode) or not ours:
+            os.close(fd)
+            raise PermissionError(f"{path} is no file of a cache of this user")
+        if not self._read_only and flags & os.O_RDWR and status.st_mode & 0o077:
+            os.fchmod(fd, 0o600)  # copied here by something that did not keep the mode
+        return fd
 
     def _files(self) -> list[tuple[int, int]]:
         """Number and size of every slab in the directory."""
@@ -402,7 +426,15 @@ class DiskStore(Store):
     def _directory_lock(self) -> Iterator[None]:
         fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            deadline = time.monotonic() + LOCK_SECONDS
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:  # its holder is stopped: that must not stop others
+                        raise TimeoutError(f"another process holds the lock of {self.path}") from None
+                    time.sleep(0.005)
             yield
         finally:
             os.close(fd)
@@ -414,7 +446,8 @@ class DiskStore(Store):
             if self._create() or self._adopt_one():
                 return True
             if not owned:
-                (self.path / "want").touch(mode=0o600)
+                flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+                os.close(os.open(self.path / "want", flags, 0o600))
         except OSError as error:
             if not owned:
                 raise StoreError(f"no room can be made in {self.path}: {error}") from error
@@ -462,10 +495,12 @@ class DiskStore(Store):
         if slab.owned or slab.busy:
             return False
         try:
-            fd = os.open(self._data_path(slab.number), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            fd = self._open_file(self._data_path(slab.number), os.O_RDWR)
         except OSError:
             return False
         try:
+            if os.fstat(fd).st_size < slab.nbytes:
+                raise OSError("it has been cut since it was met")
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._replay(slab)  # to the end: the last writer is gone
             taken: list[tuple[int, int]] = []
@@ -501,7 +536,7 @@ class DiskStore(Store):
         lost = [key for key, place in self._own.items() if place[0] is slab]
         for key in lost:
             self._foreign[key] = self._own.pop(key)
-        reading = os.open(self._data_path(slab.number), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        reading = self._open_file(self._data_path(slab.number), os.O_RDONLY)
         os.close(slab.data_fd)  # gives up the lock
         slab.data_fd, slab.owned = reading, False
         if self._owner is not None:
@@ -515,7 +550,10 @@ class DiskStore(Store):
                 whole = size >= PAGE and size % PAGE == 0
                 if total <= (self.capacity or 0) and whole:
                     continue
-                fd = os.open(self._data_path(number), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    fd = self._open_file(self._data_path(number), os.O_RDWR)
+                except OSError:
+                    continue  # gone, or not ours
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     self._data_path(number).unlink(missing_ok=True)
@@ -542,12 +580,9 @@ class DiskStore(Store):
             if number in self._slabs or size < PAGE:
                 continue
             try:
-                fd = os.open(self._data_path(number), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+                fd = self._open_file(self._data_path(number), os.O_RDONLY)
             except OSError:
                 continue  # gone, or not ours to read: a miss
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                os.close(fd)
-                continue
             slab = self._slabs[number] = _Slab(number, fd, size, owned=False)
             self._replay(slab)
 
@@ -583,14 +618,8 @@ class DiskStore(Store):
             slab.live.clear()
             slab.log_at = 0
             try:
-                slab.log_fd = os.open(
-                    self._log_path(slab.number), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-                )
+                slab.log_fd = self._open_file(self._log_path(slab.number), os.O_RDONLY)
             except OSError:
-                return
-            if not stat.S_ISREG(os.fstat(slab.log_fd).st_mode):
-                os.close(slab.log_fd)
-                slab.log_fd = -1
                 return
         data = _read_all(slab.log_fd, slab.log_at)
         pages = slab.nbytes // PAGE
