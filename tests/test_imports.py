@@ -50,6 +50,7 @@ WITHIN: dict[str, tuple[str, ...]] = {
         "frame",
         "events",
         "breaker",
+        "admission",
     ),
 }
 """Where a module may use less than all of its level and below."""

@@ -156,3 +156,41 @@ def test_ttl_of_an_open_cache(tmp_path: Path) -> None:
             time.sleep(0.05)
         assert not any(disk.contains_many(keys))
         assert all(memory.contains_many(keys))
+
+
+def test_a_write_rule_spares_the_disk_until_a_second_request_comes(tmp_path: Path) -> None:
+    with kvkeep.open(tmp_path, memory="8MiB", disk="8MiB", write_rule="seen-twice") as root:
+        cache = root.bind(LAYOUT)
+        memory, disk = root.store.tiers
+        keys = block_keys(LAYOUT, prompt(1))
+        assert cache.save(prompt(1), Source(prompt(1))) == 4
+        assert root.flush(10)
+        assert all(memory.contains_many(keys))
+        assert not any(disk.contains_many(keys))
+        with cache.lease(cache.match(prompt(1)[:32])) as lease:
+            assert cache.load(lease, Sink()) == 32
+        assert root.flush(10)
+        assert disk.contains_many(keys) == [True, True, False, False]
+
+
+def test_admission_keeps_what_is_asked_for_once_out_of_memory() -> None:
+    with kvkeep.open(memory="8MiB", admission="seen-twice") as root:
+        cache = root.bind(LAYOUT)
+        assert cache.save(prompt(1), Source(prompt(1))) == 0
+        assert stored(cache, prompt(1)) == 0
+        assert cache.save(prompt(1), Source(prompt(1))) == 4
+        assert stored(cache, prompt(1)) == 4
+
+
+def test_a_recording_can_be_replayed(tmp_path: Path) -> None:
+    from kvkeep.trace import read_all
+
+    with kvkeep.open(memory="8MiB", trace=tmp_path / "requests.jsonl") as root:
+        cache = root.bind(LAYOUT)
+        for tokens in (prompt(1), prompt(2), prompt(1)):
+            cache.match(tokens)
+            cache.save(tokens, Source(tokens))
+    (trace,) = read_all([tmp_path / "requests.jsonl"])
+    assert [len(request.keys) for request in trace.requests] == [4, 4, 4]
+    assert trace.requests[0].keys == trace.requests[2].keys != trace.requests[1].keys
+    assert trace.block_tokens == 16

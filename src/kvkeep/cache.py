@@ -6,6 +6,7 @@ and a counter says why. Only arguments that do not fit raise (:class:`~kvkeep.er
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +29,7 @@ from kvkeep.values import open_values
 from kvkeep.values.face import ValueFace
 
 if TYPE_CHECKING:
+    from kvkeep.trace.recording import Recorder
     from kvkeep.values.store import Values
 
 
@@ -108,25 +110,22 @@ class KVCache(ValueFace):
         namespace: bytes = b"",
         block_tokens: int = 0,
         directory: Path | None = None,
-        remote: str | None = None,
-        layout: KVLayout | None = None,
-        shard: int = 0,
-        priority: int = 0,
-        root: KVCache | None = None,
+        trace: Recorder | None = None,
     ) -> None:
-        """``remote``: the server's address, for what is kept there beside blocks. ``root``: whose binding this is."""
+        """``remote``: the server's address, for what is kept there beside blocks. ``trace``: what a request asks for
+        is recorded there, in hashes."""
         self.store = store
         self.counters = counters
         self.namespace = namespace
         self.block_tokens = block_tokens
         self.directory = directory
-        self.remote = remote
-        self.layout = layout
-        self.shard = shard
-        self.priority = priority
+        self.layout: KVLayout | None = None
+        self.shard = 0
+        self.priority = 0
         self._observer = observer
+        self._trace = trace
         self._pool = BufferPool()
-        self._root = root
+        self._root: KVCache | None = None  # whose binding this is
         self._values: Values | None = None
         self._making = threading.Lock()
 
@@ -137,19 +136,10 @@ class KVCache(ValueFace):
         """
         if self.directory is not None:
             labels.note(self.directory, layout, description, self.store.cipher)
-        return KVCache(
-            self.store,
-            counters=self.counters,
-            observer=self._observer,
-            namespace=self.namespace,
-            block_tokens=self.block_tokens,
-            directory=self.directory,
-            remote=self.remote,
-            layout=layout,
-            shard=shard,
-            priority=priority,
-            root=self._root or self,
-        )
+        bound = copy.copy(self)
+        bound.layout, bound.shard, bound.priority = layout, shard, priority
+        bound._root = self._root or self
+        return bound
 
     def match(self, tokens: Tokens, *, extra: Iterable[Extra] = ()) -> Match:
         """The longest prefix of ``tokens`` in full blocks that is stored. No side effects but counters."""
@@ -158,7 +148,14 @@ class KVCache(ValueFace):
         places = self.store.locate(keys)
         hits = len(places)
         if self._trace is not None:
-            self._trace.lookup(keys, num_tokens=len(tokens), hit_blocks=hits, now=time.time(), **self._sizes())
+            self._trace.lookup(
+                keys,
+                num_tokens=len(tokens),
+                hit_blocks=hits,
+                block_tokens=layout.block_tokens,
+                block_nbytes=layout.block_nbytes,
+                now=time.time(),
+            )
         self._observer.event("lookup")
         self._observer.event("hit_tokens", hits * layout.block_tokens)
         self._observer.event("miss_tokens", (len(keys) - hits) * layout.block_tokens)
@@ -204,6 +201,8 @@ class KVCache(ValueFace):
         if start % layout.block_tokens:
             raise LayoutError(f"start {start} is no multiple of block_tokens {layout.block_tokens}")
         keys = self._keys(tokens, extra)
+        if self._trace is not None:
+            self._trace.save(keys, block_tokens=layout.block_tokens, block_nbytes=layout.block_nbytes, now=time.time())
         first = start // layout.block_tokens
         return self.save_keys(keys[first:], source, first=first, parent=keys[first - 1] if first else None)[0]
 
@@ -271,9 +270,8 @@ class KVCache(ValueFace):
         with self._making:
             if self._values is None:
                 self._values = open_values(
-                    self.store, namespace=self.namespace, observer=self._observer, directory=self.directory,
-                    remote=self.remote,
-                )  # fmt: skip
+                    self.store, namespace=self.namespace, observer=self._observer, directory=self.directory
+                )
             return self._values
 
     def flush(self, timeout: float | None = None) -> bool:
@@ -283,6 +281,8 @@ class KVCache(ValueFace):
     def close(self) -> None:
         """Flush and close. All caches bound from this one are closed with it."""
         self.store.close()
+        if self._trace is not None:
+            self._trace.close()
         root = self._root or self
         if root._values is not None:
             root._values.close()

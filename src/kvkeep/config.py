@@ -9,6 +9,9 @@
     policy = "lru"
     codec = "raw"
     ttl = "30d"
+    write_rule = "all"     # or "seen-twice", "predicted"
+    admission = "all"
+    trace = "requests.jsonl"
     encryption = "env:KVKEEP_KEY"  # or "file:/etc/kvkeep.key"; a list: the first encrypts, all decrypt
     block_tokens = 0       # 0: the layout's default
 
@@ -30,7 +33,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from kvkeep import registry
+from kvkeep import admission, registry
 from kvkeep.cache import KVCache
 from kvkeep.errors import ConfigError
 from kvkeep.opening import PerTier, check_per_tier
@@ -51,6 +54,9 @@ class Config:
     policy: PerTier[str] = "lru"
     codec: PerTier[str] | None = None
     ttl: PerTier[float | str | None] = None
+    write_rule: PerTier[str] = "all"
+    admission: PerTier[str] = "all"
+    trace: Path | None = None
     encryption: str | list[str] | None = field(default=None, repr=False)  # somebody may put the key itself here
     block_tokens: int = 0
 
@@ -80,7 +86,7 @@ def _checked(key: str, value: Any) -> Any:
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ConfigError(f"block_tokens is a number of tokens, not {value!r}")
             return value
-        case "policy" | "codec" | "ttl":
+        case "policy" | "codec" | "ttl" | "write_rule" | "admission":
             check_per_tier(key, value)
             for one in value.values() if isinstance(value, Mapping) else [value]:
                 if key == "ttl" and isinstance(one, (int, float)) and not isinstance(one, bool):
@@ -89,6 +95,8 @@ def _checked(key: str, value: Any) -> Any:
                     raise ConfigError(f"{key} is a text, not {one!r}")
                 if key == "ttl":
                     parse_age(one)
+                elif key in ("write_rule", "admission"):
+                    admission.write_rule(one)
                 else:
                     registry.lookup({"policy": "policies", "codec": "codecs"}[key], one)
             return value
@@ -101,7 +109,7 @@ def _checked(key: str, value: Any) -> Any:
         case _:
             if not isinstance(value, str):
                 raise ConfigError(f"{key} is a text, not {'that' if key == 'remote' else repr(value)}")
-            return Path(value) if key == "dir" else value
+            return Path(value) if key in ("dir", "trace") else value
 
 
 def from_file(path: str | os.PathLike[str]) -> Config:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import atexit
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache as memoize
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from kvkeep import registry
+from kvkeep.admission import All, WriteRule
+from kvkeep.admission import write_rule as write_rule_named
 from kvkeep.cache import KVCache
 from kvkeep.codecs.base import Codec
 from kvkeep.crypt import KeySource, open_cipher
 from kvkeep.errors import CodecError, ConfigError
 from kvkeep.events import Counters, Observer, Observers
-from kvkeep.policies.base import EvictionPolicy
 from kvkeep.sizes import parse_age, parse_size
+from kvkeep.stores.base import Store
 from kvkeep.stores.disk import DiskStore
 from kvkeep.stores.memory import MemoryStore
 from kvkeep.tier import Tier
@@ -25,6 +27,8 @@ from kvkeep.tiered import TieredStore
 
 STAGING_NBYTES = 512 << 20
 """Memory that a cache without a memory tier may take for blocks on their way to disk; touched only as needed."""
+
+DEFAULT_POLICY = "lru"
 
 TIERS = ("memory", "disk", "remote")
 
@@ -39,12 +43,15 @@ def open(
     memory: int | str = "1GiB",
     disk: int | str = "10GiB",
     remote: str | None = None,
-    policy: PerTier[str] = "lru",
+    policy: PerTier[str] = DEFAULT_POLICY,
     codec: PerTier[str] | None = None,
     ttl: PerTier[float | str | None] = None,
+    write_rule: PerTier[str] = "all",
+    admission: PerTier[str] = "all",
     namespace: bytes = b"",
     encryption: KeySource | Sequence[KeySource] | None = None,
     block_tokens: int = 0,
+    trace: str | os.PathLike[str] | None = None,
     observer: Observer | None = None,
 ) -> KVCache:
     """A cache in memory, with ``path`` on disk below it, with ``remote`` on a server below that.
@@ -54,11 +61,15 @@ def open(
 
     These take one value, or one for each tier, as in ``{"memory": "lru", "disk": "fifo"}``: ``policy`` evicts from
     memory and disk (a server evicts by its own); ``codec`` is what blocks are stored in, by default raw;
-    ``ttl`` is how long a block may be kept, in seconds or as ``"7d"``.
+    ``ttl`` is how long a block may be kept, in seconds or as ``"7d"``. ``write_rule`` says which blocks are written
+    down to disk and server: ``"all"``, ``"seen-twice"`` (by a second request) or ``"predicted"``; ``admission``, with
+    the same names, which blocks come into a tier at all, also up from below. (With a tier below it, memory takes
+    every new block, since it is where writes wait.)
 
     ``namespace`` is a tenant's secret: other tenants cannot find its blocks. ``encryption`` encrypts all that leaves
     memory: ``"env:NAME"``, a file's path, or a callable that returns a key of 32 bytes; of several in a list the first
-    encrypts and all decrypt. ``block_tokens`` 0 picks the layout's default.
+    encrypts and all decrypt. ``block_tokens`` 0 picks the layout's default. ``trace`` names a file to which requests
+    are recorded, in hashes, sizes and times, for ``kvkeep replay`` and ``kvkeep size``.
 
     Raises :class:`ConfigError` on a wrong option, :class:`~kvkeep.errors.StoreError` if the directory cannot be used
     at all; a server that is down is not an error.
@@ -73,30 +84,39 @@ def open(
     if not memory_nbytes and not disk_nbytes and remote is None:
         raise ConfigError("a cache without any tier keeps nothing: give memory=, a path and disk=, or remote=")
     cipher = open_cipher(encryption)
-    names = {"memory": True, "disk": bool(disk_nbytes), "remote": remote is not None}
-    there = [name for name, used in names.items() if used]
-    policies = {name: _policy(_of(policy, name, "lru", "policy")) for name in there if name != "remote"}
-    codecs = {name: registry.lookup("codecs", _of(codec, name, "raw", "codec") or "raw")() for name in there}
-    ttls = {name: _seconds(_of(ttl, name, None, "ttl")) for name in there}
+    for option, value in [("policy", policy), ("codec", codec), ("ttl", ttl), ("write_rule", write_rule),
+                          ("admission", admission)]:  # fmt: skip
+        check_per_tier(option, value)
 
+    def tier(name: str, store: Store, *, owned: bool = True) -> Tier:
+        return Tier(
+            name,
+            store,
+            policy=registry.lookup("policies", _of(policy, name, DEFAULT_POLICY)) if owned else None,
+            codec=registry.lookup("codecs", _of(codec, name, None) or "raw")(),
+            observer=told,
+            trusted=name == "memory",
+            ttl=_seconds(_of(ttl, name, None)) if owned else None,
+            write_rule=_rule(_of(write_rule, name, "all")),
+            admission=_rule(_of(admission, name, "all")),
+        )
+
+    recorder = None
+    if trace is not None:
+        from kvkeep.trace import Recorder
+
+        recorder = Recorder(trace)
     staging = min(STAGING_NBYTES, disk_nbytes or STAGING_NBYTES)
     arena = MemoryStore(memory_nbytes or staging)
-    tiers = [
-        Tier("memory", arena, policy=policies["memory"], codec=codecs["memory"], observer=told, trusted=True,
-             ttl=ttls["memory"]),
-    ]  # fmt: skip
+    tiers = [tier("memory", arena)]
     directory = None
     if disk_nbytes and path is not None:
         directory = Path(path).expanduser()
-        slabs = DiskStore(directory, capacity=disk_nbytes)
-        tiers.append(
-            Tier("disk", slabs, policy=policies["disk"], codec=codecs["disk"], observer=told, ttl=ttls["disk"])
-        )
+        tiers.append(tier("disk", DiskStore(directory, capacity=disk_nbytes)))
     if remote is not None:
         from kvkeep.stores.url import open_store
 
-        server = open_store(remote, ttl=ttls["remote"])
-        tiers.append(Tier("remote", server, policy=None, codec=codecs["remote"], observer=told))
+        tiers.append(tier("remote", open_store(remote, ttl=_seconds(_of(ttl, "remote", None))), owned=False))
     # Half of memory at most waits to be written: the rest must stay evictable, or a save would find no room.
     queue_nbytes = min((arena.capacity or 0) // 2, 1 << 30)
     tiered = TieredStore(tiers, codec=codec_named, observer=told, queue_nbytes=queue_nbytes, cipher=cipher)
@@ -105,7 +125,7 @@ def open(
     _at_exit.add(tiered)
     return KVCache(
         tiered, counters=counters, observer=told, namespace=namespace, block_tokens=block_tokens, directory=directory,
-        remote=remote,
+        trace=recorder,
     )  # fmt: skip
 
 
@@ -127,15 +147,14 @@ def check_per_tier(option: str, value: Any) -> None:
                 raise ConfigError(f"{option}: there is no tier {name!r}; {registry.nearest(str(name), list(TIERS))}")
 
 
-def _of(value: PerTier[T], name: str, default: T, option: str) -> T:
+def _of(value: PerTier[T], name: str, default: T) -> T:
     """What ``value`` says for tier ``name``."""
-    check_per_tier(option, value)
     return value.get(name, default) if isinstance(value, Mapping) else value
 
 
-def _policy(name: str) -> Callable[[int], EvictionPolicy]:
-    factory: Callable[[int], EvictionPolicy] = registry.lookup("policies", name)
-    return factory
+def _rule(name: str) -> WriteRule | None:
+    rule = write_rule_named(name)
+    return None if isinstance(rule, All) else rule
 
 
 def _seconds(ttl: float | str | None) -> float | None:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 
+from kvkeep.admission import WriteRule
 from kvkeep.breaker import Breaker
 from kvkeep.codecs.base import Codec
 from kvkeep.errors import StoreError, StoreFullError, ValueTooLargeError
@@ -42,15 +43,20 @@ class Tier:
         observer: Observer,
         trusted: bool = False,
         ttl: float | None = None,
+        write_rule: WriteRule | None = None,
+        admission: WriteRule | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """``trusted``: bytes never left this process, so frames need no seal. ``ttl``: seconds that a block of an
-        owned tier may be kept."""
+        owned tier may be kept. ``write_rule``: which blocks are written down to here, every one by default;
+        ``admission``: which blocks come in at all, also up from below."""
         self.name = name
         self.store = store
         self.codec = codec
         self.trusted = trusted
         self.ttl = ttl
+        self._write_rule = write_rule
+        self._admission = admission
         self._make_policy = policy
         self._observer = observer
         self._clock = clock
@@ -136,9 +142,30 @@ class Tier:
                 if key in self._nbytes:
                     self._policies[self._priority.get(key, 0)].touch(key, access)
 
-    def wants(self, key: BlockKey, nbytes: int, access: Access) -> bool:
-        """Does the policy think that the block is worth storing?"""
+    @property
+    def has_rule(self) -> bool:
+        """Is there a write rule, so that a block may be passed over now and wanted later?"""
+        return self._write_rule is not None
+
+    def seen(self, keys: Sequence[BlockKey], accesses: Sequence[Access]) -> None:
+        """A request has these blocks, found or new, from the front to the back: rules learn from it."""
+        rules = [rule for rule in (self._write_rule, self._admission) if rule is not None]
+        if rules:
+            with self._lock:
+                for rule in rules:
+                    for key, access in zip(keys, accesses, strict=True):
+                        rule.seen(key, access)
+
+    def wants_written(self, key: BlockKey, access: Access) -> bool:
+        """Does the write rule want the block, which lies in a faster tier, here too?"""
         with self._lock:
+            return self._write_rule is None or self._write_rule.wants(key, access)
+
+    def admits(self, key: BlockKey, nbytes: int, access: Access) -> bool:
+        """Is the block worth its room?"""
+        with self._lock:
+            if self._admission is not None and not self._admission.wants(key, access):
+                return False
             return not self.owned or self._policy_of(access.priority).admit(key, nbytes, access)
 
     def put_many(self, items: Sequence[Item], accesses: Sequence[Access], *, pin: bool = False) -> int:

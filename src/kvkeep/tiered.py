@@ -268,15 +268,34 @@ class TieredStore:
         others = (other for other in self.tiers if other is not tier)
         return next((other for other in others if other.contains_many([key])[0]), None)
 
+    def touch(
+        self, keys: Sequence[BlockKey], places: Sequence[Tier], layout: KVLayout, accesses: Sequence[Access]
+    ) -> None:
+        """A request uses these blocks. What a tier's write rule passed over when it was new may be wanted now."""
+        by_tier: dict[int, list[tuple[BlockKey, Access]]] = {id(tier): [] for tier in self.tiers}
+        for key, place, access in zip(keys, places, accesses, strict=True):
+            by_tier[id(place)].append((key, access))
+        first = self.tiers[0]
+        for tier in self.tiers:
+            tier.touch(by_tier[id(tier)])
+            tier.seen(keys, accesses)
+            if tier.has_rule:
+                for key, access in by_tier[id(first)]:
+                    if tier.wants_written(key, access) and not (tier.owned and tier.contains_many([key])[0]):
+                        first.pin([key])
+                        self._enqueue(_Write(key, layout, layout.block_nbytes, first, tier, access))
+
     def save(self, items: Sequence[Item], layout: KVLayout, accesses: Sequence[Access]) -> int:
         """Put unsealed raw frames into the first tier and queue them for the others; how many were stored.
 
         The first tier takes everything if there are others: it is their writes' waiting room.
         """
         first, lower = self.tiers[0], self.tiers[1:]
+        for tier in self.tiers:
+            tier.seen([key for key, _ in items], accesses)
         if not lower:
             asked = zip(items, accesses, strict=True)
-            wanted = list(takewhile(lambda one: first.wants(one[0][0], nbytes_of(one[0][1]), one[1]), asked))
+            wanted = list(takewhile(lambda one: first.admits(one[0][0], nbytes_of(one[0][1]), one[1]), asked))
             items = [item for item, _ in wanted]
         if first.codec.name != "raw":
             items = [
@@ -290,14 +309,16 @@ class TieredStore:
                 # A server is asked in the background: the request does not wait for it.
                 there = tier.contains_many(keys) if tier.owned else [False] * len(keys)
                 for key, access, known in zip(keys, accesses, there, strict=False):
-                    if not known:
+                    if known:
+                        continue
+                    if tier.wants_written(key, access):
                         first.pin([key])
                         self._enqueue(_Write(key, layout, layout.block_nbytes, first, tier, access))
             first.unpin(keys)
         return stored
 
     def save_now(self, key: BlockKey, payload: memoryview, layout: KVLayout, access: Access) -> bool:
-        """Put one payload into every tier that wants it before returning; does any have it?"""
+        """Put one payload into every tier before returning, whatever their rules; does any have it?"""
         head = frame.pack(key, layout.fingerprint, "raw", len(payload), len(payload), tenant=layout.identity.tenant)
         kept = False
         with self._pool.borrow(frame.HEADER_NBYTES + len(payload)) as room, ExitStack() as rooms:
@@ -306,7 +327,7 @@ class TieredStore:
             for tier in self.tiers:
                 if tier.contains_many([key])[0]:
                     kept = True
-                elif tier.wants(key, len(payload), access):
+                else:
                     write = _Write(key, layout, len(payload), self.tiers[0], tier, access)
                     with suppress(FrameError):  # a codec that cannot
                         kept |= tier.put_many([(key, self._recode(write, room, rooms))], [access]) > 0
@@ -407,7 +428,7 @@ class TieredStore:
         source, target = batch[0].source, batch[0].target
         known = target.contains_many([write.key for write in batch])
         new = [write for write, there in zip(batch, known, strict=True) if not there]
-        batch = [write for write in new if target.wants(write.key, write.nbytes, write.access)]
+        batch = [write for write in new if target.admits(write.key, write.nbytes, write.access)]
         if len(batch) < len(new):
             self._observer.event("dropped", len(new) - len(batch), tier=target.name, cause="not worth it")
         if not batch:
