@@ -54,3 +54,13 @@ def test_readmes_are_twins() -> None:
     assert [kind for kind, _ in blocks[0]] == [kind for kind, _ in blocks[1]]
     commands = [[code for kind, code in found if kind == "sh"] for found in blocks]
     assert commands[0] == commands[1]
+
+
+def test_what_extending_md_shows_passes_its_suites(tmp_path: Path) -> None:
+    """Its code as it stands, in one file, run by pytest."""
+    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    program = tmp_path / "test_extending.py"
+    program.write_text("".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)))
+    summary = run("-m", "pytest", "-q", "-p", "no:cacheprovider", program)[-1]
+    assert re.fullmatch(r"\d+ passed in .*", summary), summary
+    assert int(summary.split()[0]) > 40
