@@ -63,10 +63,10 @@ SHARED |= {f"codecs.{part}" for part in ("values", "kernels", "reference", "comp
 """Parts of one implementation, or of several, in a file of their own."""
 
 ONLY_IN: dict[str, tuple[str, ...]] = {
-    "torch": ("engines", "cli.measure", "cli.smollm2"),
+    "torch": ("engines", "testing.vllm_offload", "cli.measure", "cli.smollm2"),
     "transformers": ("engines.transformers", "cli.measure", "cli.smollm2"),
     "huggingface_hub": ("engines.transformers", "engines.weights", "engines.vllm", "cli.demo", "cli.measure"),
-    "vllm": ("engines.vllm",),
+    "vllm": ("engines.vllm", "testing.vllm_offload"),
     "prometheus_client": ("engines.vllm",),
     "openai": ("cli",),
     "llama_cpp": ("engines.llamacpp",),

@@ -184,6 +184,9 @@ class _Recent(Generic[Value]):
         found = self._young.get(key)
         return self._old.get(key) if found is None else found
 
+    def __len__(self) -> int:
+        return len(self._young) + len(self._old)
+
     def put(self, key: BlockKey, value: Value) -> None:
         self._young[key] = value
         if len(self._young) >= self._size:

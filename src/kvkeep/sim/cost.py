@@ -5,9 +5,8 @@ A prompt of ``n`` tokens costs ``n + n² / attention_tokens``: weights touch eve
 
 from __future__ import annotations
 
-ATTENTION_TOKENS = 61_000
-"""The prompt length at which attention costs as much as all the rest: Llama-3.1-8B, 2 × 8.03e9 FLOP a token against
-2 × 32 layers × 4096 a pair, and half of the pairs."""
+ATTENTION_TOKENS = 53_248
+"""The prompt length at which attention costs as much as all the rest: Llama-3.1-8B's (see :mod:`kvkeep.sim.models`)."""
 
 
 def prefill(tokens: int, attention_tokens: float = ATTENTION_TOKENS) -> float:

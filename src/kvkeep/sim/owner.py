@@ -1,4 +1,4 @@
-"""The owner's side of one tier, without the bytes: what ``tier.py`` does to a policy, at a replay's speed.
+"""The owner's side of a tier, without the bytes: what ``tier.py`` does to a policy, at a replay's speed.
 
 A request stores what it misses and touches what it finds. Blocks are made room for from the front, since a block is
 worth nothing without those before it: at the first that is not admitted, or that finds no room beside its own
@@ -8,7 +8,7 @@ ones before found ones, so that a leaf is never younger than its root.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from kvkeep.keys import BlockKey
 from kvkeep.policies.base import Access, EvictionPolicy
@@ -16,6 +16,14 @@ from kvkeep.trace.base import Request
 
 BLOCK_NBYTES = 1
 """Capacities are in blocks: to a policy a replay's blocks have one byte each."""
+
+
+def accesses_of(request: Request, hits: int) -> list[Access]:
+    """What policies are told of each of its blocks."""
+    keys, now = request.keys, request.now
+    count = len(keys)
+    parents = (None, *keys[:-1])
+    return [Access(now, at, count, hits, parent) for at, parent in zip(range(count), parents, strict=False)]
 
 
 class Owner:
@@ -28,7 +36,7 @@ class Owner:
         self.stored = 0
         self.evicted = 0
 
-    def prefix(self, keys: tuple[BlockKey, ...]) -> int:
+    def prefix(self, keys: Sequence[BlockKey]) -> int:
         """Blocks of the longest prefix that is resident."""
         resident = self.resident
         hits = 0
@@ -40,46 +48,40 @@ class Owner:
 
     def serve(self, request: Request, hits: int) -> None:
         """Store what is missing, then touch what was there; ``hits`` is what :meth:`prefix` said."""
-        keys, now, start = request.keys, request.now, request.start
-        resident = self.resident
+        keys, resident = request.keys, self.resident
+        accesses = accesses_of(request, hits)
         there: list[int] = []
         missing: list[int] = []
-        for at in range(len(keys) - 1, start - 1, -1):
+        for at in range(len(keys) - 1, request.start - 1, -1):
             (there if keys[at] in resident else missing).append(at)
         if missing:
-            self._store(request, missing[::-1], hits)
-        touch, count = self.policy.touch, len(keys)
+            self.store(keys, missing[::-1], accesses)
+        touch = self.policy.touch
         for at in there:
-            touch(keys[at], Access(now, at, count, hits, keys[at - 1] if at else None))
+            touch(keys[at], accesses[at])
 
-    def _store(self, request: Request, missing: list[int], hits: int) -> None:
-        keys, now = request.keys, request.now
+    def store(self, keys: Sequence[BlockKey], missing: Sequence[int], accesses: Sequence[Access]) -> int:
+        """Make the blocks at ``missing`` (indices, in order) resident, from the front; how many were."""
         resident, policy, capacity = self.resident, self.policy, self.capacity
-        count = len(keys)
         used = len(resident)
         own: set[BlockKey] = set()
-        allowed: Callable[[BlockKey], bool] = lambda key: key not in own  # noqa: E731
-        admit, victim, remove = policy.admit, policy.victim, policy.remove
-        accepted: list[tuple[BlockKey, Access]] = []
+        accepted: list[int] = []
         for at in missing:
-            key = keys[at]
-            access = Access(now, at, count, hits, keys[at - 1] if at else None)
-            if not admit(key, BLOCK_NBYTES, access):
+            if not policy.admit(keys[at], BLOCK_NBYTES, accesses[at]):
                 break
             if used >= capacity:
-                if not own:
-                    own.update(keys)
-                out = victim(allowed)
+                own = own or set(keys)
+                out = policy.victim(lambda key: key not in own)  # noqa: B023
                 if out is None:
                     break
                 resident.discard(out)
-                remove(out, evicted=True)
+                policy.remove(out, evicted=True)
                 self.evicted += 1
                 used -= 1
             used += 1
-            accepted.append((key, access))
+            accepted.append(at)
+        for at in reversed(accepted):
+            policy.insert(keys[at], BLOCK_NBYTES, accesses[at])
+            resident.add(keys[at])
         self.stored += len(accepted)
-        insert = policy.insert
-        for key, access in reversed(accepted):
-            insert(key, BLOCK_NBYTES, access)
-            resident.add(key)
+        return len(accepted)

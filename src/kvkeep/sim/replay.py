@@ -7,15 +7,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvkeep import registry
+from kvkeep.admission import write_rule
 from kvkeep.errors import ConfigError
 from kvkeep.policies.base import EvictionPolicy
 from kvkeep.sim import ceilings, cost
 from kvkeep.sim.capacity import parse_capacity
 from kvkeep.sim.owner import Owner
-from kvkeep.trace import Trace, read
+from kvkeep.sim.tiers import TierSpec, columns, parse_tiers
+from kvkeep.sim.tiers import run as run_tiers
+from kvkeep.trace import Trace, read_all
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +30,7 @@ Progress = Callable[[int, int, str], None]
 
 CEILINGS = ("opt", "unlimited")
 BASE = "lru"
+TIER_POLICIES = ("lru", "hazard")
 NO_GAP = 0.005
 """Half a point between base and optimum is not worth a share."""
 CAPACITIES = ("0.5%", "1%", "2%", "5%", "10%", "20%", "50%")
@@ -33,20 +38,24 @@ CAPACITIES = ("0.5%", "1%", "2%", "5%", "10%", "20%", "50%")
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One replay."""
+    """One replay: of one tier, or of ``tiers`` with a write ``rule``."""
 
     trace: int
     policy: str
     capacity: int
     label: str
     attention_tokens: float
+    tiers: tuple[TierSpec, ...] = ()
+    rule: str = ""
 
 
 def rows(
-    traces: Trace | str | Iterable[Trace | str],
-    policies: str | Iterable[str] = "all",
+    traces: Trace | str | Path | Iterable[Trace | str | Path],
+    policies: str | Iterable[str] = "",
     capacities: Iterable[str | int] = CAPACITIES,
     *,
+    tiers: str = "",
+    write_rules: str | Iterable[str] = "all,predicted,seen-twice",
     token_nbytes: float = 0,
     attention_tokens: float = cost.ATTENTION_TOKENS,
     block_tokens: int = 0,
@@ -55,25 +64,37 @@ def rows(
 ) -> list[Row]:
     """One dict a trace, policy and capacity, LRU and the ceilings always among them.
 
-    ``traces``: paths or :class:`Trace` objects. ``jobs`` above 1 starts that many processes (spawned: a script that
-    calls this needs ``if __name__ == "__main__":``). Raises :class:`ConfigError`.
+    ``traces``: paths or :class:`Trace` objects. ``policies``: names, ``"all"`` (the default), or a list. ``tiers`` as
+    :func:`~kvkeep.sim.tiers.parse_tiers` reads it, in place of ``capacities``: one row a policy and write rule, for
+    ``lru`` and ``hazard`` unless policies are named. ``jobs`` above 1 starts that many processes (spawned: a script
+    that calls this needs ``if __name__ == "__main__":``). Raises :class:`ConfigError`.
     """
-    loaded = [
-        item if isinstance(item, Trace) else read(item, block_tokens=block_tokens)
-        for item in ([traces] if isinstance(traces, (Trace, str)) else traces)
-    ]
-    chosen = policy_names(policies)
-    tasks = [
-        Task(number, policy, capacity, label, attention_tokens)
-        for number, trace in enumerate(loaded)
-        for policy in chosen
-        for label, capacity in (_labelled(capacities, trace, token_nbytes) if policy != "unlimited" else [("all", -1)])
-    ]
+    given = [traces] if isinstance(traces, (Trace, str, Path)) else list(traces)
+    loaded: list[Trace] = []
+    for item in given:
+        loaded += [item] if isinstance(item, Trace) else read_all([item], block_tokens=block_tokens)
+    if tiers:
+        chosen, rules = policy_names(policies or TIER_POLICIES), _names(write_rules)
+        for rule in rules:
+            write_rule(rule)
+        tasks = [
+            task
+            for number, trace in enumerate(loaded)
+            for task in _tier_tasks(number, trace, chosen, tiers, rules, token_nbytes, attention_tokens)
+        ]
+    else:
+        chosen = policy_names(policies or "all")
+        tasks = [
+            Task(number, policy, capacity, label, attention_tokens)
+            for number, trace in enumerate(loaded)
+            for policy in chosen
+            for label, capacity in _labelled(policy, capacities, trace, token_nbytes)
+        ]
     done: dict[Task, Row] = {}
     for task, row in _run(loaded, tasks, jobs):
         done[task] = row
         if progress is not None:
-            progress(len(done), len(tasks), f"{task.policy} at {task.label}")
+            progress(len(done), len(tasks), f"{task.policy} {task.rule or 'at ' + task.label}")
     found = [done[task] for task in tasks]
     _compare(found)
     return found
@@ -96,16 +117,18 @@ def frame(found: Sequence[Row]) -> pd.DataFrame:
 
 def policy_names(policies: str | Iterable[str] = "all") -> list[str]:
     """Checked names, the base first and the ceilings last. ``"all"``: every registered one."""
-    wanted = policies.split(",") if isinstance(policies, str) else list(policies)
-    known = [name for name in registry.names("policies") if name not in CEILINGS]
-    names = []
-    for name in (name.strip() for name in wanted):
+    names: list[str] = []
+    for name in _names(policies):
         if name == "all":
-            names += known
+            names += [known for known in registry.names("policies") if known not in CEILINGS]
         elif name not in CEILINGS:
             registry.lookup("policies", name)
             names.append(name)
     return [BASE, *dict.fromkeys(name for name in names if name != BASE), *CEILINGS]
+
+
+def _names(text: str | Iterable[str]) -> list[str]:
+    return [name.strip() for name in (text.split(",") if isinstance(text, str) else text)]
 
 
 def hits_of(trace: Trace, policy: EvictionPolicy, capacity: int) -> tuple[list[int], Owner]:
@@ -119,11 +142,35 @@ def hits_of(trace: Trace, policy: EvictionPolicy, capacity: int) -> tuple[list[i
     return hits, owner
 
 
-def _labelled(capacities: Iterable[str | int], trace: Trace, token_nbytes: float) -> list[tuple[str, int]]:
-    pairs = {parse_capacity(text, trace, token_nbytes=token_nbytes): str(text) for text in capacities}
+def _labelled(policy: str, capacities: Iterable[str | int], trace: Trace, token_nbytes: float) -> list[tuple[str, int]]:
+    """Labels and blocks, smallest first."""
+    pairs = {parse_capacity(text, trace, token_nbytes=token_nbytes): str(text).strip() for text in capacities}
     if not pairs:
         raise ConfigError("no capacity is given")
+    if policy == "unlimited":
+        return [("all", trace.unique_blocks)]
     return [(label, capacity) for capacity, label in sorted(pairs.items())]
+
+
+def _tier_tasks(
+    number: int,
+    trace: Trace,
+    policies: Iterable[str],
+    tiers: str,
+    rules: Iterable[str],
+    token_nbytes: float,
+    attention_tokens: float,
+) -> Iterator[Task]:
+    specs = tuple(parse_tiers(tiers, trace, token_nbytes=token_nbytes))
+    total = sum(spec.capacity for spec in specs)
+    for policy in policies:
+        if policy == "unlimited":
+            yield Task(number, policy, trace.unique_blocks, "all", attention_tokens)
+        elif policy == "opt":
+            yield Task(number, policy, total, tiers, attention_tokens)
+        else:
+            for rule in rules:
+                yield Task(number, policy, total, tiers, attention_tokens, specs, rule)
 
 
 def _run(traces: list[Trace], tasks: list[Task], jobs: int) -> Iterator[tuple[Task, Row]]:
@@ -152,31 +199,33 @@ class Worker:
 
     def run(self, task: Task) -> Row:
         trace = self.traces[task.trace]
-        begin = time.perf_counter()
-        stored = evicted = None
-        capacity = task.capacity
-        if task.policy == "unlimited":
-            capacity = trace.unique_blocks
+        begin = time.process_time()
+        more: Row = {}
+        if task.tiers:
+            by_tier, tiers = run_tiers(trace, task.tiers, task.policy, task.rule)
+            hits = [sum(found) for found in by_tier]
+            more = {"write_rule": task.rule, **columns(trace, task.tiers, by_tier, tiers)}
+        elif task.policy == "unlimited":
             hits = list(ceilings.unlimited(trace))
         elif task.policy == "opt":
             if task.trace not in self._uses:
                 self._uses = {task.trace: ceilings.next_uses(trace)}
-            hits = list(ceilings.optimum(trace, capacity, self._uses[task.trace]))
+            hits = list(ceilings.optimum(trace, task.capacity, self._uses[task.trace]))
         else:
-            hits, owner = hits_of(trace, registry.lookup("policies", task.policy)(capacity), capacity)
-            stored, evicted = owner.stored, owner.evicted
-        seconds = time.perf_counter() - begin
+            hits, owner = hits_of(trace, registry.lookup("policies", task.policy)(task.capacity), task.capacity)
+            more = {"stored_blocks": owner.stored, "evicted_blocks": owner.evicted}
+        seconds = time.process_time() - begin
         return {
             "trace": trace.name,
             "policy": task.policy,
             "capacity": task.label,
-            "capacity_blocks": capacity,
-            "capacity_share": capacity / (trace.unique_blocks or 1),
+            "capacity_blocks": task.capacity,
+            "capacity_share": task.capacity / (trace.unique_blocks or 1),
             "block_tokens": trace.block_tokens,
             "requests": trace.num_prompts,
+            "prompt_tokens": trace.num_tokens,
             **ratios(trace, hits, task.attention_tokens),
-            "stored_blocks": stored,
-            "evicted_blocks": evicted,
+            **more,
             "seconds": round(seconds, 3),
         }
 
@@ -199,13 +248,19 @@ def ratios(trace: Trace, hits: Sequence[int], attention_tokens: float = cost.ATT
 
 def _compare(found: list[Row]) -> None:
     """Add how far each row lies between the base and the optimum of its trace and capacity."""
-    at = {(row["trace"], row["capacity_blocks"], row["policy"]): row["token_hit_ratio"] for row in found}
+    base: dict[tuple[str, int], float] = {}
+    best: dict[tuple[str, int], float] = {}
     for row in found:
-        base = at.get((row["trace"], row["capacity_blocks"], BASE))
-        best = at.get((row["trace"], row["capacity_blocks"], "opt"))
-        row["gap_closed"] = None
-        if base is not None and best is not None and best - base >= NO_GAP:
-            row["gap_closed"] = (row["token_hit_ratio"] - base) / (best - base)
+        at = row["trace"], row["capacity_blocks"]
+        if row["policy"] == BASE and row.get("write_rule", "all") == "all":
+            base[at] = row["token_hit_ratio"]
+        elif row["policy"] == "opt":
+            best[at] = row["token_hit_ratio"]
+    for row in found:
+        at = row["trace"], row["capacity_blocks"]
+        low, high = base.get(at, 0.0), best.get(at, 0.0)
+        known = at in base and high - low >= NO_GAP
+        row["gap_closed"] = (row["token_hit_ratio"] - low) / (high - low) if known else None
 
 
 _worker: Worker

@@ -29,7 +29,7 @@ def read(path: str | Path, *, block_tokens: int = 0) -> Trace:
     return traces[0]
 
 
-def read_all(paths: Iterable[str | Path], *, block_tokens: int = 0) -> list[Trace]:
+def read_all(paths: Iterable[str | Path], *, block_tokens: int = 0, tokenizer: str = "") -> list[Trace]:
     """The traces in files, in order; a file has more than one if its blocks are not of one size.
 
     ``block_tokens``: where a file does not say. Raises :class:`ConfigError` that names the file, and the line where
