@@ -82,11 +82,11 @@ class RedisStore(Store):
                 raise ConfigError(f"{name} is above 0")
         self.prefix = prefix
         self._ttl = None if ttl is None else max(1, round(ttl * 1000))
-        self._lookup_timeout, self._load_timeout, self._save_timeout = lookup_timeout, load_timeout, save_timeout
+        self.lookup_timeout, self._load_timeout, self.save_timeout = lookup_timeout, load_timeout, save_timeout
         self._connect_timeout, self._rate = connect_timeout, rate
         address = parse(url)
         self._where = str(address)
-        self._servers = (Cluster if address.kind == "cluster" else Server)(address, connect_timeout)
+        self.servers = (Cluster if address.kind == "cluster" else Server)(address, connect_timeout)
         self._head = prefix.encode() + b":{"
         self._pool = BufferPool()
         self._closed = False
@@ -126,7 +126,7 @@ class RedisStore(Store):
             wire.send([head + (b"\r\n" + head).join(asked) + b"\r\n"])
             return [outcome(line) for line in wire.lines(len(group))]
 
-        return [reply == b":1" for reply in self._servers.ask(names, self._lookup_timeout, work)]
+        return [reply == b":1" for reply in self.servers.ask(names, self.lookup_timeout, work)]
 
     def get(self, key: BlockKey) -> Buffer | None:
         with self.read([key]) as (value,):
@@ -154,14 +154,14 @@ class RedisStore(Store):
         found: dict[BlockKey, int] = {}
         try:
             # A value's name ends in a brace, a part's does not.
-            scan = self._servers.client.scan_iter(match=self._head + b"*}", count=SCAN_COUNT)
+            scan = self.servers.client.scan_iter(match=self._head + b"*}", count=SCAN_COUNT)
             names = {name for name in scan if len(name) == len(self._head) + 65}
         except (redis.RedisError, OSError) as error:
             raise failure(error) from None
         listed = sorted(names)
         for start in range(0, len(listed), SCAN_COUNT):
             batch = listed[start : start + SCAN_COUNT]
-            sizes = self._tell([pack(b"STRLEN", name) for name in batch], batch, self._save_timeout)
+            sizes = self._tell([pack(b"STRLEN", name) for name in batch], batch, self.save_timeout)
             for name, line in zip(batch, sizes, strict=True):
                 key = BlockKey(bytes.fromhex(name[len(self._head) : -1].decode()))
                 nbytes = int((line or b":0")[1:])
@@ -175,7 +175,7 @@ class RedisStore(Store):
     def ping(self) -> None:
         """Raises :class:`StoreError` unless the servers answer. Connects anew where needed, without haste."""
         self._check_open()
-        self._servers.ping(self._connect_timeout)
+        self.servers.ping(self._connect_timeout)
 
     # Commands
 
@@ -203,12 +203,12 @@ class RedisStore(Store):
         return self._forget(key, self._manifest(key))
 
     def after_fork(self) -> None:
-        self._servers.reset()
+        self.servers.reset()
         self._pool = BufferPool()
 
     def close(self) -> None:
         self._closed = True
-        self._servers.close()
+        self.servers.close()
         _open.discard(self)
 
     # What they are made of
@@ -234,7 +234,7 @@ class RedisStore(Store):
                     wire.send([asked[at + DEPTH]])
             return replies
 
-        return list(self._servers.ask(names, self._load_timeout, work))
+        return list(self.servers.ask(names, self._load_timeout, work))
 
     def _manifest(self, key: BlockKey) -> bytes | None:
         """The list of parts of ``key``, if it is stored in parts."""
@@ -245,7 +245,7 @@ class RedisStore(Store):
             reply = wire.bulk(lambda nbytes: memoryview(bytearray(nbytes)), MANIFEST_NBYTES, self._rate)
             return [outcome(reply) if isinstance(reply, bytes) else reply]
 
-        (start,) = self._servers.ask([name], self._load_timeout, first)
+        (start,) = self.servers.ask([name], self._load_timeout, first)
         return bytes(start) if start is not None and start[: len(MAGIC)] == MAGIC else None
 
     def _join(self, key: BlockKey, manifest: Buffer, stack: ExitStack) -> memoryview | None:
@@ -294,8 +294,8 @@ class RedisStore(Store):
             return [outcome(line) for line in wire.lines(len(group))]
 
         total = sum(nbytes_of(list(parts)) for _, parts in values)
-        seconds = self._save_timeout + total / self._rate
-        return list(self._servers.ask([name for name, _ in values], seconds, work))
+        seconds = self.save_timeout + total / self._rate
+        return list(self.servers.ask([name for name, _ in values], seconds, work))
 
     def _put_in_parts(self, key: BlockKey, views: Sequence[memoryview]) -> None:
         name = self._name(key)
@@ -311,14 +311,14 @@ class RedisStore(Store):
         if self._set([(name, [manifest])], self._ttl) == [b"+OK"]:
             parts = [name + b":" + digest.hex().encode() for digest in digests]
             keep = [b"PERSIST"] if self._ttl is None else [b"PEXPIRE", b"%d" % self._ttl]
-            self._tell([pack(keep[0], part, *keep[1:]) for part in parts], parts, self._save_timeout)
+            self._tell([pack(keep[0], part, *keep[1:]) for part in parts], parts, self.save_timeout)
 
     def _forget(self, key: BlockKey, manifest: Buffer | None) -> bool:
         """Delete ``key``, with its parts where there is a ``manifest``; was it there?"""
         names = [self._name(key)]
         if manifest is not None:
             names += self._parts(key, manifest)[1]
-        replies = self._tell([pack(b"UNLINK", name) for name in names], names, self._save_timeout)
+        replies = self._tell([pack(b"UNLINK", name) for name in names], names, self.save_timeout)
         return bool(replies[0] == b":1")
 
     def _tell(self, commands: Sequence[bytes], names: Sequence[bytes], seconds: float) -> Sequence[Any]:
@@ -328,7 +328,7 @@ class RedisStore(Store):
             wire.send([b"".join(commands[index] for index in group)])
             return [outcome(line) for line in wire.lines(len(group))]
 
-        return self._servers.ask(names, seconds, work)
+        return self.servers.ask(names, seconds, work)
 
     def _check_open(self) -> None:
         if self._closed:
