@@ -2,16 +2,18 @@
 
 ::
 
-    PREFIX:v:NAME     group (32 bytes, zero if none), body; expires by itself
-    PREFIX:g:GROUP    the set of the names in a group; expires with the last of them
+    PREFIX:v:NAME     group (32 bytes, zero if none), stamp (8 bytes), body; expires by itself
+    PREFIX:g:GROUP    the set of the group's members, each a name and a stamp; expires with the last of them
 
-NAME and GROUP are hexadecimal. Each operation is one script on one key, which the server runs as a whole, so it does
+NAME and GROUP are hexadecimal. A stamp is of one setting of a name, so who replaces it takes that one out of its group
+and none that came later. Each operation is one script on one key, which the server runs as a whole, so it does
 not matter on which node of a cluster a key lies. Scripts go by their text: the server has compiled them after the first
 time. Time is the server's.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +22,9 @@ from kvkeep.stores.redis import RedisStore
 from kvkeep.stores.redis_wire import Wire, outcome, pack
 from kvkeep.values.index import NAME_NBYTES, Found, Index, Item
 
-NO_GROUP = bytes(NAME_NBYTES)
+STAMP_NBYTES = 8
+_PLACE_NBYTES = NAME_NBYTES + STAMP_NBYTES  # of an entry before its body
+_NOWHERE = bytes(_PLACE_NBYTES)
 BATCH = 500
 LARGEST_NBYTES = 64 << 20
 RATE = 50e6
@@ -29,10 +33,10 @@ RATE = 50e6
 _GET = b"""local v = redis.call('GET', KEYS[1])
 if not v then return v end
 return string.format('%020d', redis.call('PTTL', KEYS[1])) .. v"""
-_SET = b"""local old = redis.call('GETRANGE', KEYS[1], 0, 31)
+_SET = b"""local old = redis.call('GETRANGE', KEYS[1], 0, 39)
 if ARGV[2] == '' then redis.call('SET', KEYS[1], ARGV[1]) else redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2]) end
 return old"""
-_DELETE = b"""local old = redis.call('GETRANGE', KEYS[1], 0, 31)
+_DELETE = b"""local old = redis.call('GETRANGE', KEYS[1], 0, 39)
 return redis.call('DEL', KEYS[1]) .. old"""
 _ADD = b"""local set
 if ARGV[2] == '' then set = redis.call('SET', KEYS[1], ARGV[1], 'NX')
@@ -68,57 +72,60 @@ class RedisIndex(Index):
     def get_many(self, names: Sequence[bytes]) -> list[Found | None]:
         found: list[Found | None] = []
         for reply in self._ask([(_GET, self._name(name), ()) for name in names]):
-            if reply is None or len(reply) < 20 + NAME_NBYTES or not reply[:20].lstrip(b"-").isdigit():
+            if reply is None or len(reply) < 20 + _PLACE_NBYTES or not reply[:20].lstrip(b"-").isdigit():
                 found.append(None)
             else:
                 milliseconds = int(reply[:20])
-                found.append(Found(reply[20 + NAME_NBYTES :], None if milliseconds < 0 else milliseconds / 1000))
+                found.append(Found(reply[20 + _PLACE_NBYTES :], None if milliseconds < 0 else milliseconds / 1000))
         return found
 
     def set_many(self, items: Sequence[Item]) -> list[bytes]:
         """A name joins its group before it is set, so a group that is empty has no name that stands."""
-        calls: list[Call] = [
-            (_JOIN, self._group(item.group), (item.name, _milliseconds(item.life)))
+        stamp = os.urandom(STAMP_NBYTES)
+        joining = [
+            (_JOIN, self._group(item.group), (item.name + stamp, _milliseconds(item.life)))
             for item in items
             if item.group is not None
         ]
-        joined = len(calls)
-        for item in items:
-            body = (item.group or NO_GROUP) + item.body
-            calls.append((_SET, self._name(item.name), (body, _milliseconds(item.life))))
-        replies = self._ask(calls)
-        if None in replies:
-            raise StoreError("a node of the cluster did not answer", cause="unreachable")
-        pairs = zip(items, replies[joined:], strict=True)
-        left = [(old, item.name) for item, old in pairs if len(old) == NAME_NBYTES and old not in (item.group, NO_GROUP)]
-        return self._leave(left)
+        setting = [
+            (_SET, self._name(item.name), (_place(item, stamp) + item.body, _milliseconds(item.life))) for item in items
+        ]
+        old = []
+        for calls in (joining, setting):
+            old = self._ask(calls, self._store.save_timeout)
+            if None in old:
+                raise StoreError("a node of the cluster did not answer", cause="unreachable")
+        groups = {item.group for item in items}
+        left = [(place or b"", item.name) for item, place in zip(items, old, strict=True)]
+        return [group for group in self._leave(left) if group not in groups]
 
     def delete(self, name: bytes) -> tuple[bool, list[bytes]]:
-        (reply,) = self._ask([(_DELETE, self._name(name), ())])
-        old = (reply or b"")[1:]
-        left = [(old, name)] if len(old) == NAME_NBYTES and old != NO_GROUP else []
-        return (reply or b"")[:1] == b"1", self._leave(left)
+        (reply,) = self._ask([(_DELETE, self._name(name), ())], self._store.save_timeout)
+        return (reply or b"")[:1] == b"1", self._leave([((reply or b"")[1:], name)])
 
     def add(self, name: bytes, body: bytes, life: float | None) -> bool:
-        return self._ask([(_ADD, self._name(name), (NO_GROUP + body, _milliseconds(life)))]) == [b"1"]
+        return self._ask([(_ADD, self._name(name), (_NOWHERE + body, _milliseconds(life)))]) == [b"1"]
 
     def renew(self, name: bytes, body: bytes, life: float) -> bool:
-        return self._ask([(_RENEW, self._name(name), (NO_GROUP + body, _milliseconds(life)))]) == [b"1"]
+        return self._ask([(_RENEW, self._name(name), (_NOWHERE + body, _milliseconds(life)))]) == [b"1"]
 
     def release(self, name: bytes, body: bytes) -> bool:
-        return self._ask([(_RELEASE, self._name(name), (NO_GROUP + body,))]) == [b"1"]
+        return self._ask([(_RELEASE, self._name(name), (_NOWHERE + body,))]) == [b"1"]
 
     def members(self, group: bytes) -> list[bytes]:
         (reply,) = self._ask([(_MEMBERS, self._group(group), ())])
         joined = reply or b""
-        return [joined[at : at + NAME_NBYTES] for at in range(0, len(joined), NAME_NBYTES)]
+        return list({joined[at : at + NAME_NBYTES]: None for at in range(0, len(joined), _PLACE_NBYTES)})
 
     def ping(self) -> None:
         self._store.ping()
 
-    def _leave(self, left: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
-        replies = self._ask([(_LEAVE, self._group(group), (name,)) for group, name in left])
-        return list({group for (group, _), reply in zip(left, replies, strict=True) if reply == b"0"})
+    def _leave(self, places: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
+        """Take names out of the groups in which they were; the groups that are empty now."""
+        left = [(place, name) for place, name in places if len(place) == _PLACE_NBYTES and place != _NOWHERE]
+        calls = [(_LEAVE, self._group(place[:NAME_NBYTES]), (name + place[NAME_NBYTES:],)) for place, name in left]
+        replies = self._ask(calls, self._store.save_timeout)
+        return list({place[:NAME_NBYTES] for (place, _), reply in zip(left, replies, strict=True) if reply == b"0"})
 
     def _name(self, name: bytes) -> bytes:
         return self._entry + name.hex().encode()
@@ -126,9 +133,10 @@ class RedisIndex(Index):
     def _group(self, group: bytes) -> bytes:
         return self._set + group.hex().encode()
 
-    def _ask(self, calls: Sequence[Call]) -> list[bytes | None]:
+    def _ask(self, calls: Sequence[Call], seconds: float | None = None) -> list[bytes | None]:
         """Each script's answer, in as few round trips as there are batches and nodes. None too where a node of a
         cluster does not answer while others do."""
+        seconds = self._store.lookup_timeout if seconds is None else seconds
         replies: list[bytes | None] = []
         for start in range(0, len(calls), BATCH):
             batch = calls[start : start + BATCH]
@@ -138,7 +146,7 @@ class RedisIndex(Index):
                 wire.send([b"".join(pack(b"EVAL", script, b"1", key, *words) for script, key, words in asked)])
                 return [_answer(wire) for _ in asked]
 
-            found = self._store.servers.ask([key for _, key, _ in batch], self._store.lookup_timeout, work)
+            found = self._store.servers.ask([key for _, key, _ in batch], seconds, work)
             replies += [None if reply is None else bytes(reply) for reply in found]
         return replies
 
@@ -146,6 +154,10 @@ class RedisIndex(Index):
 def _answer(wire: Wire) -> Any:
     reply = wire.bulk(lambda nbytes: memoryview(bytearray(nbytes)), LARGEST_NBYTES, RATE)
     return outcome(reply) if isinstance(reply, bytes) else reply
+
+
+def _place(item: Item, stamp: bytes) -> bytes:
+    return _NOWHERE if item.group is None else item.group + stamp
 
 
 def _milliseconds(life: float | None) -> bytes:

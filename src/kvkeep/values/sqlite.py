@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from kvkeep.errors import StoreError
 from kvkeep.values.index import Found, Index, Item, Usage
@@ -35,7 +35,9 @@ CREATE TABLE IF NOT EXISTS entries (
 CREATE INDEX IF NOT EXISTS by_group ON entries (grp) WHERE grp IS NOT NULL;
 CREATE INDEX IF NOT EXISTS by_end ON entries (until) WHERE until IS NOT NULL;
 """
-_LIVE = "born <= ? AND (until IS NULL OR until > ?)"
+
+Work: TypeAlias = Callable[[sqlite3.Connection, float], T]
+"""What to do in a transaction, at that time."""
 
 _abandoned: list[sqlite3.Connection] = []
 """Connections of a parent process: closing one here would take the parent's locks away."""
@@ -55,68 +57,65 @@ class SqliteIndex(Index):
         self._file: tuple[int, int] | None = None
 
     def get_many(self, names: Sequence[bytes]) -> list[Found | None]:
-        now = self._clock()
-        found: dict[bytes, Found] = {}
+        rows = []
         with self._working() as database:
             for start in range(0, len(names), IN_LIST):
                 some = names[start : start + IN_LIST]
                 marks = ",".join("?" * len(some))
-                question = f"SELECT name, body, until FROM entries WHERE name IN ({marks}) AND {_LIVE}"
-                for name, body, until in database.execute(question, (*some, now, now)):
-                    if type(body) is bytes and (until is None or type(until) is float):
-                        found[name] = Found(body, None if until is None else until - now)
+                question = f"SELECT name, body, born, until FROM entries WHERE name IN ({marks})"
+                rows += database.execute(question, some).fetchall()
+        now = self._clock()  # afterwards, or what was written meanwhile would be from the future
+        found = {
+            name: Found(body, None if until is None else until - now)
+            for name, body, born, until in rows
+            if type(body) is bytes and _lives(born, until, now)
+        }
         return [found.get(name) for name in names]
 
     def set_many(self, items: Sequence[Item]) -> list[bytes]:
-        now = self._clock()
-        rows = [
-            (item.name, item.body, now, None if item.life is None else now + item.life, item.group, item.nbytes)
-            for item in items
-        ]
-
-        def work(database: sqlite3.Connection) -> list[bytes]:
+        def work(database: sqlite3.Connection, now: float) -> list[bytes]:
             left = [group for item in items for group in _groups_of(database, item.name)]
-            database.executemany(
-                "INSERT OR REPLACE INTO entries (name, body, born, until, grp, nbytes) VALUES (?, ?, ?, ?, ?, ?)", rows
-            )
+            for item in items:
+                _set(database, item, now)
             return _empty(database, left)
 
         return self._write(work)
 
     def delete(self, name: bytes) -> tuple[bool, list[bytes]]:
-        now = self._clock()
-
-        def work(database: sqlite3.Connection) -> tuple[bool, list[bytes]]:
+        def work(database: sqlite3.Connection, now: float) -> tuple[bool, list[bytes]]:
+            there = _body(database, name, now) is not None
             left = _groups_of(database, name)
-            rows = database.execute("DELETE FROM entries WHERE name = ? RETURNING born, until", (name,)).fetchall()
-            there = any(born <= now and (until is None or until > now) for born, until in rows)
+            database.execute("DELETE FROM entries WHERE name = ?", (name,))
             return there, _empty(database, left)
 
         return self._write(work)
 
     def add(self, name: bytes, body: bytes, life: float | None) -> bool:
-        now = self._clock()
-
-        def work(database: sqlite3.Connection) -> bool:
-            if database.execute(f"SELECT 1 FROM entries WHERE name = ? AND {_LIVE}", (name, now, now)).fetchone():
+        def work(database: sqlite3.Connection, now: float) -> bool:
+            if _body(database, name, now) is not None:
                 return False
-            database.execute(
-                "INSERT OR REPLACE INTO entries (name, body, born, until, nbytes) VALUES (?, ?, ?, ?, 0)",
-                (name, body, now, None if life is None else now + life),
-            )
+            _set(database, Item(name, body, life), now)
             return True
 
         return self._write(work)
 
     def renew(self, name: bytes, body: bytes, life: float) -> bool:
-        now = self._clock()
-        change = f"UPDATE entries SET until = ? WHERE name = ? AND body = ? AND {_LIVE}"
-        return self._write(lambda database: database.execute(change, (now + life, name, body, now, now)).rowcount > 0)
+        def work(database: sqlite3.Connection, now: float) -> bool:
+            if _body(database, name, now) != body:
+                return False
+            database.execute("UPDATE entries SET until = ? WHERE name = ?", (now + life, name))
+            return True
+
+        return self._write(work)
 
     def release(self, name: bytes, body: bytes) -> bool:
-        now = self._clock()
-        change = f"DELETE FROM entries WHERE name = ? AND body = ? AND {_LIVE}"
-        return self._write(lambda database: database.execute(change, (name, body, now, now)).rowcount > 0)
+        def work(database: sqlite3.Connection, now: float) -> bool:
+            if _body(database, name, now) != body:
+                return False
+            database.execute("DELETE FROM entries WHERE name = ?", (name,))
+            return True
+
+        return self._write(work)
 
     def members(self, group: bytes) -> list[bytes]:
         with self._working() as database:
@@ -135,13 +134,12 @@ class SqliteIndex(Index):
 
     def maintain(self) -> list[bytes]:
         self._reopen_if_replaced()
-        now = self._clock()
         with self._working() as database:
-            over = database.execute("SELECT 1 FROM entries WHERE until <= ? LIMIT 1", (now,)).fetchone()
+            over = database.execute("SELECT 1 FROM entries WHERE until <= ? LIMIT 1", (self._clock(),)).fetchone()
         if not over:
             return []
 
-        def work(database: sqlite3.Connection) -> list[bytes]:
+        def work(database: sqlite3.Connection, now: float) -> list[bytes]:
             rows = database.execute("DELETE FROM entries WHERE until <= ? RETURNING grp", (now,)).fetchall()
             return _empty(database, [group for (group,) in rows if group is not None])
 
@@ -181,7 +179,7 @@ class SqliteIndex(Index):
             except OSError as error:
                 raise StoreError(f"{self._path}: {error.strerror}") from error
 
-    def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    def _write(self, work: Work[T]) -> T:
         """``work`` as one transaction. A full file loses its oldest quarter first."""
         try:
             return self._transaction(work)
@@ -189,7 +187,7 @@ class SqliteIndex(Index):
             if error.cause != "full":
                 raise
 
-        def make_room(database: sqlite3.Connection) -> None:
+        def make_room(database: sqlite3.Connection, _: float) -> None:
             (count,) = database.execute("SELECT count(*) FROM entries").fetchone()
             oldest = "SELECT name FROM entries ORDER BY born LIMIT ?"
             database.execute(f"DELETE FROM entries WHERE name IN ({oldest})", (max(1, count // 4),))
@@ -197,11 +195,11 @@ class SqliteIndex(Index):
         self._transaction(make_room)
         return self._transaction(work)
 
-    def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    def _transaction(self, work: Work[T]) -> T:
         with self._working() as database:
             database.execute("BEGIN IMMEDIATE")
             try:
-                made = work(database)
+                made = work(database, self._clock())
                 database.execute("COMMIT")
             except BaseException:
                 with suppress(sqlite3.Error):
@@ -218,6 +216,18 @@ class SqliteIndex(Index):
                 self._path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=64
             )
             try:
+                self._prepare(database)
+            except BaseException:
+                database.close()
+                raise
+            self._connection = database
+            self._file = _identity(self._path)
+        return self._connection
+
+    def _prepare(self, database: sqlite3.Connection) -> None:
+        until = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
                 for order in (
                     f"PRAGMA page_size = {PAGE_NBYTES}",
                     "PRAGMA trusted_schema = OFF",
@@ -226,16 +236,15 @@ class SqliteIndex(Index):
                     f"PRAGMA max_page_count = {self._pages}",
                     f"PRAGMA wal_autocheckpoint = {max(self._pages // 5, 8)}",
                     f"PRAGMA journal_size_limit = {self._pages // 4 * PAGE_NBYTES}",
-                    "PRAGMA mmap_size = 0",
                 ):
                     database.execute(order).fetchall()
                 database.executescript(_SCHEMA)
-            except sqlite3.Error:
-                database.close()
-                raise
-            self._connection = database
-            self._file = _identity(self._path)
-        return self._connection
+                return
+            except sqlite3.OperationalError as error:
+                # Several that make the file at once: SQLite does not wait for the change to WAL.
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                    raise
+                time.sleep(0.005)
 
     def _reopen_if_replaced(self) -> None:
         """Another process may have found the file damaged."""
@@ -256,6 +265,22 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def _lives(born: Any, until: Any, now: float) -> bool:
+    return type(born) is float and born <= now and (until is None or (type(until) is float and until > now))
+
+
+def _body(database: sqlite3.Connection, name: bytes, now: float) -> Any:
+    row = database.execute("SELECT body, born, until FROM entries WHERE name = ?", (name,)).fetchone()
+    return row[0] if row is not None and _lives(row[1], row[2], now) else None
+
+
+def _set(database: sqlite3.Connection, item: Item, now: float) -> None:
+    database.execute(
+        "INSERT OR REPLACE INTO entries (name, body, born, until, grp, nbytes) VALUES (?, ?, ?, ?, ?, ?)",
+        (item.name, item.body, now, None if item.life is None else now + item.life, item.group, item.nbytes),
+    )
 
 
 def _groups_of(database: sqlite3.Connection, name: bytes) -> list[Any]:

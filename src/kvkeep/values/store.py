@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -43,6 +44,16 @@ Tags = Sequence[tuple[bytes, bytes]]
 
 MISSING: Any = object()
 
+
+class _Call:
+    """What one thread computes while others of the process wait."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.followers = 0
+        self.made: bytes | None = None
+
+
 T = TypeVar("T")
 
 
@@ -61,6 +72,8 @@ class Values:
         self._breaker = Breaker("index", observer)
         self._breaker.on_open = tiers.start
         self._pool = BufferPool()
+        self._lock = threading.Lock()
+        self._calls: dict[bytes, _Call] = {}
         tiers.upkeep.append(self._maintain)
 
     # Names
@@ -174,39 +187,69 @@ class Values:
         wait: float = LONGEST_WAIT_SECONDS,
     ) -> Any:
         """The value of ``key``, computed by one of all who ask for it now."""
-        packed_key = pack_key(key)
-        name = self.name(packed_key)
-        tags = list(tags)
+        packed = pack_key(key)
+        name = self.name(packed)
+        deadline = time.monotonic() + wait
+        while True:
+            ((value, fresh),) = self.look_up([name], stale=stale > 0)
+            if value is not MISSING and fresh:
+                return value
+            with self._lock:
+                call = self._calls.get(name)
+                leads = call is None
+                if call is None:
+                    call = self._calls[name] = _Call()
+                elif value is MISSING:
+                    call.followers += 1
+            if leads:
+                return self._lead(call, name, packed, compute, value, deadline, ttl, stale, list(tags))
+            if value is not MISSING:
+                return value
+            self._observer.event("value_wait")
+            if not call.done.wait(max(0.0, deadline - time.monotonic())):
+                return compute()
+            if call.made is not None:
+                return unpack(call.made)
 
-        def fresh() -> Any:
-            ((value, _),) = self.look_up([name])
-            return value
-
-        ((value, is_fresh),) = self.look_up([name], stale=stale > 0)
-        if value is not MISSING and is_fresh:
-            return value
-        answer: list[Any] = []
+    def _lead(
+        self, call: _Call, name: bytes, key: bytes, compute: Callable[[], Any], old: Any, deadline: float,
+        ttl: float | None, stale: float, tags: Sequence[str],
+    ) -> Any:  # fmt: skip
+        """For the threads of this process: compute it, or wait for another process that does."""
+        parts: list[Buffer] | None = None
+        found: list[Any] = []
 
         def ready() -> bool:
-            found = fresh()
-            if found is not MISSING:
-                answer.append(found)
-            return bool(answer)
+            ((value, _),) = self.look_up([name])
+            if value is not MISSING:
+                found.append(value)
+            return bool(found)
 
-        claim = self.flight.take(name) if value is not MISSING else self.flight.wait(name, wait, ready)
-        if claim is None:
-            if answer:
-                return answer[0]
-            return compute() if value is MISSING else value
         try:
-            if ready():  # it came between the look and the claim
-                return answer[0]
-            generations = self.generations(tags)
-            made = compute()
-            self.set_packed([(packed_key, pack(made))], ttl=ttl, stale=stale, tags=generations)
-            return made
+            claim = self.flight.take(name)
+            if claim is None and old is not MISSING:
+                return old
+            if claim is None:
+                self._observer.event("value_wait")
+                claim = self.flight.wait(name, deadline - time.monotonic(), ready)
+            try:
+                if found or (claim is not None and ready()):  # it came between the look and the claim
+                    parts = pack(found[0])
+                    return found[0]
+                generations = self.generations(tags)
+                made = compute()
+                parts = pack(made)
+                self.set_packed([(key, parts)], ttl=ttl, stale=stale, tags=generations)
+                return made
+            finally:
+                if claim is not None:
+                    self.flight.release(claim)
         finally:
-            self.flight.release(claim)
+            with self._lock:
+                del self._calls[name]
+            if call.followers and parts is not None:
+                call.made = b"".join(parts)  # a copy: what is returned is the caller's to change
+            call.done.set()
 
     # Inside
 

@@ -1,0 +1,152 @@
+"""Every index holds the suite; what is special about SQLite's."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvkeep.errors import StoreError
+from kvkeep.stores.redis import RedisStore
+from kvkeep.testing.indexes import IndexSuite, group, name
+from kvkeep.testing.servers import RedisCluster, RedisServer
+from kvkeep.values.index import Index, Item, MemoryIndex
+from kvkeep.values.redis import RedisIndex
+from kvkeep.values.sqlite import FILE, SqliteIndex
+
+PATIENT = "?lookup_timeout=5&connect_timeout=5"
+"""A busy machine is not what is tested here."""
+
+
+class TestMemory(IndexSuite):
+    shared = False
+
+    def make(self, path: Path) -> Index:
+        return MemoryIndex()
+
+
+class TestSqlite(IndexSuite):
+    def make(self, path: Path) -> Index:
+        return SqliteIndex(path)
+
+
+class TestRedis(IndexSuite):
+    @pytest.fixture(autouse=True)
+    def server(self, redis_shared: RedisServer) -> None:
+        self.url = redis_shared.url + PATIENT
+
+    def make(self, path: Path) -> Index:
+        return RedisIndex(RedisStore.from_url(self.url))
+
+
+class TestCluster(TestRedis):
+    @pytest.fixture(autouse=True)
+    def server(self, cluster_shared: RedisCluster) -> None:
+        self.url = cluster_shared.url + PATIENT
+
+
+def test_memory_stays_in_its_room_and_forgets_what_was_not_asked_for() -> None:
+    index = MemoryIndex(100_000)
+    index.set_many([Item(name(0), b"asked for", None, group(0), 9)])
+    for number in range(1, 2000):
+        index.set_many([Item(name(number), b"x" * 100, None, group(number), 1)])
+        index.get_many([name(0)])
+    assert index._used <= 100_000
+    assert index.get_many([name(0)])[0] is not None
+    assert index.get_many([name(1)])[0] is None
+    assert index.members(group(1)) == []
+
+
+def test_the_file_stays_in_its_room_and_forgets_the_oldest(tmp_path: Path) -> None:
+    index = SqliteIndex(tmp_path, capacity=256 << 10)
+    for number in range(3000):
+        index.set_many([Item(name(number), b"x" * 300)])
+    assert sum(path.stat().st_size for path in tmp_path.iterdir() if not path.name.endswith("-shm")) <= 256 << 10
+    assert index.get_many([name(0)]) == [None]
+    assert index.get_many([name(2999)])[0] is not None
+    index.close()
+
+
+def test_entries_outlive_the_process_and_others_see_them(tmp_path: Path) -> None:
+    index = SqliteIndex(tmp_path)
+    index.set_many([Item(name(1), b"one")])
+    program = (
+        "import sys; from pathlib import Path; from kvkeep.values.sqlite import SqliteIndex\n"
+        "from kvkeep.values.index import Item; i = SqliteIndex(Path(sys.argv[1])); n = bytes.fromhex(sys.argv[2])\n"
+        "print(i.get_many([n])[0].body); i.set_many([Item(n, b'two')]); i.close()"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path), name(1).hex()]
+    assert subprocess.run(command, capture_output=True, check=True).stdout.strip() == b"b'one'"
+    found = index.get_many([name(1)])[0]
+    assert found is not None
+    assert found.body == b"two"
+    index.close()
+
+
+def test_a_clock_that_is_set_back_ends_lives_instead_of_prolonging_them(tmp_path: Path) -> None:
+    now = 1000.0
+    index = SqliteIndex(tmp_path, clock=lambda: now)
+    index.set_many([Item(name(1), b"price", 1.0)])
+    now = 500.0
+    assert index.get_many([name(1)]) == [None]
+    assert index.add(name(1), b"new price", 1.0)
+    index.close()
+
+
+@pytest.mark.parametrize("damage", ["garbage", "cut"])
+def test_a_damaged_file_is_made_anew(tmp_path: Path, damage: str) -> None:
+    index = SqliteIndex(tmp_path)
+    index.set_many([Item(name(number), b"x" * 500) for number in range(100)])
+    index.close()
+    file = tmp_path / FILE
+    content = file.read_bytes()
+    file.write_bytes(os.urandom(len(content)) if damage == "garbage" else content[: len(content) // 2])
+    index = SqliteIndex(tmp_path)
+    names = [name(number) for number in range(100)]
+    with pytest.raises(StoreError):
+        index.get_many(names)
+    assert index.get_many(names) == [None] * 100
+    index.set_many([Item(name(1), b"again")])
+    assert index.get_many([name(1)])[0] is not None
+    index.close()
+
+
+def test_a_hostile_file_runs_nothing_and_gives_nothing(tmp_path: Path) -> None:
+    """Another schema under the same names, with a trigger and values of other types."""
+    database = sqlite3.connect(tmp_path / FILE)
+    database.executescript(
+        "CREATE TABLE entries (name, body, born, until, grp, nbytes);"
+        "CREATE TABLE traces (x);"
+        "CREATE TRIGGER t AFTER INSERT ON entries BEGIN INSERT INTO traces VALUES (load_extension('evil')); END;"
+    )
+    database.execute("INSERT INTO traces VALUES (1)")
+    database.execute("DROP TRIGGER t")
+    database.execute("INSERT INTO entries VALUES (?, 'a text', 0, 'soon', 3, 4)", (name(1),))
+    database.executescript(
+        "CREATE TRIGGER t AFTER INSERT ON entries BEGIN INSERT INTO traces VALUES (load_extension('evil')); END;"
+    )
+    database.commit()
+    database.close()
+    index = SqliteIndex(tmp_path)
+    assert index.get_many([name(1)]) == [None]
+    with pytest.raises(StoreError):
+        index.set_many([Item(name(2), b"body")])
+    index.close()
+
+
+def test_a_forked_child_has_a_connection_of_its_own(tmp_path: Path) -> None:
+    index = SqliteIndex(tmp_path)
+    index.set_many([Item(name(1), b"one")])
+    child = os.fork()
+    if not child:
+        index.after_fork()
+        index.set_many([Item(name(2), b"two")])
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert index.get_many([name(2)])[0] is not None
+    index.set_many([Item(name(3), b"three")])
+    index.close()
