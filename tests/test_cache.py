@@ -265,3 +265,20 @@ def test_wrong_arguments_are_told_apart(tmp_path: Path) -> None:
             root.match([1, 2, 3])
         with pytest.raises(kvkeep.LayoutError, match="multiple"):
             root.bind(LAYOUT).save(TOKENS, Source(TOKENS), start=5)
+
+
+def test_a_cache_closed_under_a_load_only_ends_it(tmp_path: Path) -> None:
+    class Closing(Sink):
+        def write(self, index: int, payload: memoryview) -> None:
+            super().write(index, payload)
+            if index == 0:
+                root.close()
+
+    tokens = list(range(16 * 3000))
+    with kvkeep.open(tmp_path, memory="1MiB", disk="64MiB") as root:
+        root.bind(LAYOUT).save(tokens, Source(tokens))
+    root = kvkeep.open(tmp_path, memory="1MiB", disk="64MiB")
+    cache, sink = root.bind(LAYOUT), Closing()
+    with cache.lease(cache.match(tokens)) as lease:
+        assert cache.load(lease, sink) == 16 * sink.check(tokens)
+    assert 0 < len(sink.got) < 3000

@@ -13,8 +13,9 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing, suppress
+from functools import partial
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -37,6 +38,9 @@ IDLE_SECONDS = 1.0
 
 READERS = 4
 """Loads from below memory that can be read ahead at once; each reads one batch ahead of what it hands out."""
+
+OPENERS = min(4, os.cpu_count() or 1)
+"""Threads that decrypt and decode the blocks of loads."""
 
 CodecLookup = Callable[[str], Codec]
 
@@ -72,7 +76,10 @@ class _Reading:
     ) -> None:
         self._store, self._then = store, then
         self._context = store.read(keys)
-        self._future = None if readers is None else readers.submit(self._enter)
+        self._future = None
+        if readers is not None:
+            with suppress(RuntimeError):  # closed meanwhile: the store itself will say so
+                self._future = readers.submit(self._enter)
 
     def _enter(self) -> list[memoryview | None]:
         if self._then:
@@ -132,6 +139,7 @@ class TieredStore:
         self._maintain_at = 0.0
         self._pool = BufferPool()
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="kvkeep-read")  # makes threads when needed
+        self._openers = ThreadPoolExecutor(OPENERS, thread_name_prefix="kvkeep-open")
         self._queue: deque[_Write] = deque()
         self._queued = 0  # bytes of the queue, and of what is being written
         self._writing = False
@@ -199,23 +207,53 @@ class TieredStore:
         """Yields blocks; returns the index after the last good one."""
         at, tier = span.start, span.tier
         try:
-            with reading as values, self._pool.borrow(layout.block_nbytes) as room:
-                for at, value in enumerate(values, span.start):
-                    if value is None:
-                        return at
-                    try:
-                        payload = self._open_frame(keys[at], value, tier, layout, room)
-                    except FrameError as error:
-                        self._refuse(keys[at], tier, error)
-                        return at
-                    yield at, payload
-                at = span.end
+            with reading as values, closing(self._payloads(span, keys, values, layout)) as payloads:
+                try:
+                    for payload in payloads:
+                        yield at, payload
+                        at += 1
+                except FrameError as error:
+                    self._refuse(keys[at], tier, error)
         except StoreError as error:
             tier.breaker.failed("a read", error)
         finally:
             nbytes = (at - span.start) * layout.block_nbytes
             self._observer.event("load", at - span.start, nbytes=nbytes, tier=tier.name)
         return at
+
+    def _payloads(
+        self, span: _Span, keys: Sequence[BlockKey], values: Sequence[memoryview | None], layout: KVLayout
+    ) -> Generator[memoryview, None, None]:
+        """What the frames of a span hold, up to the first that is missing. Raises :class:`FrameError`.
+
+        Decrypting and decoding take longer than reading, so a few blocks are opened ahead by as many threads.
+        """
+        frames: list[tuple[BlockKey, memoryview]] = []
+        for at, value in enumerate(values, span.start):
+            if value is None:
+                break
+            frames.append((keys[at], value))
+        costly = not span.tier.trusted and (self.cipher is not None or span.tier.codec.name != "raw")
+        openers = min(OPENERS, len(frames)) if costly else 0
+        with ExitStack() as stack:
+            # One room more than are being filled: the block that was handed out last is still being copied.
+            rooms = [stack.enter_context(self._pool.borrow(layout.block_nbytes)) for _ in range(openers + 1)]
+            work = [
+                partial(self._open_frame, key, value, span.tier, layout, rooms[at % len(rooms)])
+                for at, (key, value) in enumerate(frames)
+            ]
+            if openers < 2:
+                for open_frame in work:
+                    yield open_frame()
+                return
+            opening: deque[Future[memoryview]] = deque()
+            try:
+                for at in range(len(work)):
+                    while len(opening) < openers and at + len(opening) < len(work):
+                        opening.append(self._openers.submit(work[at + len(opening)]))
+                    yield opening.popleft().result()
+            finally:
+                wait(opening)  # they use the rooms, and what was read
 
     def _open_frame(
         self, key: BlockKey, value: memoryview, tier: Tier, layout: KVLayout, room: memoryview
@@ -365,6 +403,7 @@ class TieredStore:
         if self._thread is not None:
             self._thread.join(timeout)
         self._readers.shutdown()
+        self._openers.shutdown()
         for tier in self.tiers:
             tier.store.close()
         _open.discard(self)

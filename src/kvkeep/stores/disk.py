@@ -670,7 +670,7 @@ def _footprint(nbytes: int) -> int:
 
 def _pages(nbytes: int) -> int:
     """Pages that a value takes: at least one, so that every value has a place of its own."""
-    return max(1, -(-nbytes // PAGE))
+    return (nbytes + PAGE - 1) // PAGE or 1
 
 
 def _pack(op: int, page: int, nbytes: int, stamp: int, key: BlockKey) -> bytes:
@@ -681,10 +681,9 @@ def _pack(op: int, page: int, nbytes: int, stamp: int, key: BlockKey) -> bytes:
 def _records(data: bytes) -> Iterator[tuple[int, int, int, int, BlockKey]]:
     """Op, page, bytes, stamp and key of each record, up to the first that does not check."""
     digest = xxhash.xxh3_64_digest
-    for at in range(0, len(data) - RECORD_NBYTES + 1, RECORD_NBYTES):
-        record = data[at : at + RECORD_NBYTES]
-        op, page, nbytes, stamp, key, check = _RECORD.unpack(record)
-        if digest(record[:-8]) != check:
+    whole = memoryview(data)[: len(data) // RECORD_NBYTES * RECORD_NBYTES]
+    for at, (op, page, nbytes, stamp, key, check) in enumerate(_RECORD.iter_unpack(whole)):
+        if digest(whole[at * RECORD_NBYTES : (at + 1) * RECORD_NBYTES - 8]) != check:
             return
         yield op, page, nbytes, stamp, key
 
