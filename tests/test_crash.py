@@ -115,6 +115,39 @@ def test_a_full_disk_drops_writes_and_goes_on(tmp_path: Path) -> None:
     assert int(out.stdout) == 20
 
 
+FULL = """
+import subprocess, sys, time; sys.path.insert(0, sys.argv[2])
+import kvkeep; from blocks import *
+root = kvkeep.open(sys.argv[1], memory='4MiB', disk='64MiB'); c = root.bind(LAYOUT)
+def turn(first):
+    t = list(range(first, first + 320))
+    assert c.save(t, Source(t)) == 20 and root.flush(20)
+    s = Sink()
+    with c.lease(c.match(t)) as lease: assert c.load(lease, s) == 320
+    s.check(t)
+turn(0)
+assert root.counters.count('dropped', tier='disk') == 20, root.counters.rows()
+subprocess.run(['mount', '-o', 'remount,size=100m', sys.argv[1]], check=True)
+end = time.monotonic() + 30
+first = 1000
+while not root.counters.count('put', tier='disk') and time.monotonic() < end:
+    turn(first); first += 1000; time.sleep(0.2)
+print(root.counters.count('put', tier='disk') > 0)
+"""
+
+
+def test_a_full_file_system_drops_writes_until_there_is_room(tmp_path: Path) -> None:
+    """A real one, small, in a mount namespace of its own."""
+    command = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=2m tmpfs "$2" && exec "$0" -c "$1" "$2" "$3"']
+    arguments = [sys.executable, FULL, str(tmp_path), str(Path(__file__).parent)]
+    try:
+        subprocess.run([*command[:4], 'mount -t tmpfs tmpfs "$0"', str(tmp_path)], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this system lets nobody mount; the file size limit above stands in for it")
+    out = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    assert (out.stdout, out.returncode) == ("True\n", 0), out.stderr
+
+
 def test_a_removed_directory_costs_hits_only(tmp_path: Path) -> None:
     directory = tmp_path / "cache"
     with kvkeep.open(directory, memory="4MiB", disk="8MiB") as root:
