@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
-from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.inputs import TokensPrompt
+
+from vllm import LLM, SamplingParams
 
 VOCABULARY = 512
 
@@ -57,14 +58,7 @@ class Engine:
         sampling = {"temperature": 0, "logprobs": 1, "detokenize": False, "ignore_eos": True, **sampling}
         asked = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
         outputs = self.llm.generate(asked, SamplingParams(max_tokens=max_tokens, **sampling), use_tqdm=False)
-        return [
-            Answer(
-                tuple(output.outputs[0].token_ids),
-                tuple(step[token].logprob for step, token in zip(output.outputs[0].logprobs, output.outputs[0].token_ids)),
-                output.num_cached_tokens,
-            )
-            for output in outputs
-        ]  # fmt: skip
+        return [_answer(output) for output in outputs]
 
     def ask_each(self, prompts: list[list[int]], max_tokens: int = 8, **sampling: Any) -> list[Answer]:
         """One after the other."""
@@ -91,6 +85,12 @@ class Engine:
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         cleanup_dist_env_and_memory()
+
+
+def _answer(output: Any) -> Answer:
+    (one, *_) = output.outputs
+    chosen = [step[token].logprob for step, token in zip(one.logprobs, one.token_ids, strict=True)]
+    return Answer(tuple(one.token_ids), tuple(chosen), output.num_cached_tokens)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
