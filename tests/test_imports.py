@@ -60,6 +60,7 @@ SIBLINGS = ("stores", "codecs", "policies", "engines")
 
 SHARED = {"stores.extents", "stores.redis_wire", "stores.redis_servers", "stores.redis_cluster", "engines.weights"}
 SHARED |= {f"codecs.{part}" for part in ("values", "kernels", "reference", "compiled", "entropy", "lossy")}
+SHARED |= {"policies.queue", "policies.ranking"}
 """Parts of one implementation, or of several, in a file of their own."""
 
 ONLY_IN: dict[str, tuple[str, ...]] = {
@@ -73,6 +74,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "redis": ("stores.redis", "stores.redis_servers", "stores.redis_cluster", "stores.redis_wire", "testing"),
     "zstandard": ("codecs.entropy",),
     "cryptography": ("crypt",),
+    "tokenizers": ("trace.logs",),
     "pandas": ("sim", "values"),
     "typer": ("cli",),
     "rich": ("cli",),

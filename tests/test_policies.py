@@ -8,33 +8,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvkeep import registry
 from kvkeep.keys import BlockKey
 from kvkeep.policies.base import Access, EvictionPolicy
+from kvkeep.policies.clock import CLOCK
 from kvkeep.policies.fifo import FIFO
 from kvkeep.policies.lfu import LFU
 from kvkeep.policies.lru import LRU
 from kvkeep.policies.sieve import SIEVE
 from kvkeep.testing.policies import PolicySuite, Replay, key
 
+CLASSES: list[type[EvictionPolicy]] = [
+    registry.lookup("policies", name)
+    for name in (*registry.BUILTIN["policies"], "leaf-lru", "leaf-s3fifo")
+    if name != "unlimited"  # it never names a victim
+]
 
-class TestLRU(PolicySuite):
+
+@pytest.mark.parametrize("policy", CLASSES, ids=lambda policy: policy.name)
+class TestEach(PolicySuite):
+    @pytest.fixture(autouse=True)
+    def _choose(self, policy: type[EvictionPolicy]) -> None:
+        self.policy = policy
+
     def make(self, capacity: int) -> EvictionPolicy:
-        return LRU(capacity)
-
-
-class TestFIFO(PolicySuite):
-    def make(self, capacity: int) -> EvictionPolicy:
-        return FIFO(capacity)
-
-
-class TestLFU(PolicySuite):
-    def make(self, capacity: int) -> EvictionPolicy:
-        return LFU(capacity)
-
-
-class TestSIEVE(PolicySuite):
-    def make(self, capacity: int) -> EvictionPolicy:
-        return SIEVE(capacity)
+        return self.policy(capacity)
 
 
 STREAMS = st.lists(st.integers(0, 9), max_size=80)
@@ -80,6 +78,13 @@ class Plain:
     def lfu(self) -> int:
         return min(self.used, key=lambda block: self.counts[block])  # the first of equals: least recently used
 
+    def clock(self) -> int:
+        while self.marked[self.arrived[0]]:
+            passed = self.arrived.pop(0)
+            self.marked[passed] = False
+            self.arrived.append(passed)
+        return self.arrived[0]
+
     def sieve(self) -> int:
         at = 0 if self.hand is None else self.arrived.index(self.hand)
         while self.marked[self.arrived[at]]:
@@ -90,7 +95,7 @@ class Plain:
         return victim
 
 
-@pytest.mark.parametrize("policy", [FIFO, LRU, LFU, SIEVE])
+@pytest.mark.parametrize("policy", [FIFO, LRU, LFU, CLOCK, SIEVE])
 @given(stream=STREAMS, capacity=st.integers(1, 6))
 def test_decides_as_the_paper_says(policy: type[EvictionPolicy], stream: list[int], capacity: int) -> None:
     plain = Plain(policy.name, capacity)

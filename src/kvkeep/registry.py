@@ -28,7 +28,17 @@ BUILTIN: dict[str, dict[str, str]] = {
         "lru": "kvkeep.policies.lru:LRU",
         "fifo": "kvkeep.policies.fifo:FIFO",
         "lfu": "kvkeep.policies.lfu:LFU",
+        "lfuda": "kvkeep.policies.lfuda:LFUDA",
+        "clock": "kvkeep.policies.clock:CLOCK",
         "sieve": "kvkeep.policies.sieve:SIEVE",
+        "s3fifo": "kvkeep.policies.s3fifo:S3FIFO",
+        "2q": "kvkeep.policies.twoq:TwoQ",
+        "arc": "kvkeep.policies.arc:ARC",
+        "wtinylfu": "kvkeep.policies.wtinylfu:WTinyLFU",
+        "lirs": "kvkeep.policies.lirs:LIRS",
+        "gdsf": "kvkeep.policies.gdsf:GDSF",
+        "lecar": "kvkeep.policies.lecar:LeCaR",
+        "unlimited": "kvkeep.policies.unlimited:Unlimited",
     },
     "stores": {
         "memory": "kvkeep.stores.memory:MemoryStore",
@@ -36,6 +46,9 @@ BUILTIN: dict[str, dict[str, str]] = {
         "redis": "kvkeep.stores.redis:RedisStore",
     },
 }
+
+LEAF = "leaf-"
+"""Before a policy's name: the same, but leaves go first."""
 
 _SINGULAR = {"codecs": "codec", "policies": "policy", "stores": "store"}
 
@@ -55,8 +68,10 @@ def names(kind: str) -> list[str]:
 def lookup(kind: str, name: str) -> Any:
     """The class called ``name``. Raises :class:`ConfigError` with the nearest name if there is none.
 
-    A plugin that fails to import raises its own error: it is never skipped.
+    A plugin that fails to import raises its own error: it is never skipped. ``leaf-NAME`` is any policy, wrapped.
     """
+    if kind == "policies" and name.startswith(LEAF):
+        return import_module("kvkeep.policies.leaf").leaf_first(lookup(kind, name.removeprefix(LEAF)))
     target = BUILTIN[kind].get(name)
     if target is not None:
         module, _, attribute = target.partition(":")

@@ -37,7 +37,9 @@ class EvictionPolicy(ABC):
 
     Sequence of calls: for a new block ``admit``, and if that says yes (and room was found) ``insert``; ``touch`` for a
     resident block that is used; ``remove`` when a block is gone, whoever took it away. ``victim`` only names a block:
-    the owner then calls ``remove(key, evicted=True)``.
+    the owner then calls ``remove(key, evicted=True)``. A policy may learn from each of these calls, ``admit`` too; it
+    works, if less well, for an owner that never asks for admission. Several blocks may be admitted before the first
+    of them is inserted, and blocks of one request come in any order.
     """
 
     name: ClassVar[str]
