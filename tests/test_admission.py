@@ -64,11 +64,11 @@ def test_predicted_learns_which_blocks_come_back() -> None:
 def test_predicted_follows_a_change() -> None:
     rule = Predicted()
     wanted = []
-    for turn in range(4000):
-        fresh = turn if turn >= 2000 else turn // 2
-        wanted.append(any(request(rule, [key(turn >= 2000, fresh, at) for at in range(8)], 5.0 * turn)))
-    assert wanted[1900:2000].count(True) == 50  # new ones, not their second use
-    assert wanted[3900:].count(True) == 0
+    for turn in range(2000):
+        fresh = turn if turn >= 500 else turn // 2
+        wanted.append(any(request(rule, [key(turn >= 500, fresh, at) for at in range(32)], 20.0 * turn)))
+    assert wanted[400:500].count(True) == 50  # the new ones, not their second use
+    assert wanted[1900:].count(True) == 0
 
 
 def test_predicted_needs_no_more_memory_than_it_was_given() -> None:
