@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvkeep import frame
+from kvkeep.crypt import Cipher
 from kvkeep.errors import FrameError
+from kvkeep.identity import ModelIdentity
 from kvkeep.keys import BlockKey
+from kvkeep.layout import KVLayout
 
 KEY, LAYOUT = BlockKey(b"k" * 32), b"l" * 32
 
@@ -104,3 +107,62 @@ def test_nothing_is_allocated_for_a_claim(claim: int) -> None:
         assert tracemalloc.get_traced_memory()[1] < 64 << 10
     finally:
         tracemalloc.stop()
+
+
+ENCRYPTED_LAYOUT = KVLayout.uniform(
+    ModelIdentity(weights="w", kv_dtype="uint8", namespace=b"tenant"),
+    num_layers=1, num_kv_heads=1, head_dim=8, dtype="uint8", block_tokens=20,
+)  # fmt: skip
+
+
+def encrypted(cipher: Cipher, payload: bytes) -> bytes:
+    room = memoryview(bytearray(len(payload) + frame.TAG_NBYTES))
+    return cipher.encrypt(KEY, ENCRYPTED_LAYOUT, "raw", payload, room) + bytes(room)
+
+
+def decrypts(cipher: Cipher, data: bytes) -> bool:
+    room = memoryview(bytearray(ENCRYPTED_LAYOUT.block_nbytes))
+    try:
+        header, _ = frame.parse(data)
+        frame.check(header, KEY, ENCRYPTED_LAYOUT.fingerprint, ENCRYPTED_LAYOUT.block_nbytes)
+        cipher.decrypt(data, b"tenant", room)
+    except FrameError as error:
+        return error.cause not in frame.CAUSES
+    return True
+
+
+def test_100_000_mutations_of_an_encrypted_frame() -> None:
+    rng = random.Random(20261124)
+    cipher = Cipher([bytes(32)])
+    valid = encrypted(cipher, rng.randbytes(ENCRYPTED_LAYOUT.block_nbytes))
+    assert decrypts(cipher, valid)
+    accepted = 0
+    for _ in range(100_000):
+        data = bytearray(valid)
+        at = rng.randrange(len(data))
+        match rng.randrange(4):
+            case 0:
+                data[at] ^= 1 << rng.randrange(8)
+            case 1:
+                del data[at : at + rng.randrange(1, 40)]
+            case 2:
+                data[at:at] = rng.randbytes(rng.randrange(1, 9))
+            case 3:
+                data[at : at + 8] = rng.choice((bytes(8), b"\xff" * 8, rng.randbytes(8)))
+        accepted += data != valid and decrypts(cipher, bytes(data))
+    assert accepted == 0
+
+
+@settings(max_examples=300)
+@given(data=st.binary(max_size=700), head=st.booleans())
+def test_any_bytes_as_an_encrypted_frame(data: bytes, head: bool) -> None:
+    cipher = Cipher([bytes(32)])
+    start = encrypted(cipher, bytes(ENCRYPTED_LAYOUT.block_nbytes))[: 176 if head else 16]
+    assert not decrypts(cipher, start + data)
+
+
+@settings(max_examples=300)
+@given(text=st.text(max_size=200))
+def test_any_text_as_an_encrypted_one(text: str) -> None:
+    with pytest.raises(FrameError):
+        Cipher([bytes(32)]).decrypt_text(text, context=b"")
