@@ -74,12 +74,12 @@ skip-vllm:
 	@echo "make test-vllm is skipped: vLLM's CPU package is used on Linux x86-64 only, and this is $$(uname -s) $$(uname -m)"
 
 bench-vllm: setup-vllm
-	$(VLLM_BIN)/python -m bench vllm $(ARGS)
+	$(VLLM_BIN)/python -m bench.vllm $(ARGS)
 
 # LMCache is heavy and pins an older stack: it gets an environment of its own, and joins the same table.
 bench-lmcache: setup-vllm
 	bash requirements/venv-lmcache.sh "$(PYTHON)" .venv-lmcache "$(VLLM_LOCK)"
-	$(VLLM_BIN)/python -m bench vllm --lmcache .venv-lmcache $(ARGS)
+	$(VLLM_BIN)/python -m bench.vllm --lmcache .venv-lmcache $(ARGS)
 
 wheel: setup
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -152,18 +152,23 @@ def figures(rows: list[Row]) -> dict[str, Any]:
 
 def show(rows: list[Row], console: Console) -> None:
     """The table that a person reads."""
-    table = Table(title=f"{MODEL} by vllm serve: time to first token", box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0))
+    table = Table(
+        title=f"{MODEL} by vllm serve: time to first token",
+        caption="below the seconds: tokens of the prompt that were not computed",
+        box=box.SIMPLE_HEAVY,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("question", overflow="fold", min_width=20)
-    for heading in ("prompt", "cold", "prefix cache", "kvkeep, saving", "kvkeep, restarted", "same answer"):
-        table.add_column(heading, justify="right")
+    for heading in ("prompt", "cold", "prefix\ncache", "kvkeep,\nsaving", "kvkeep,\nrestarted", "same\nanswer"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.question,
             f"{row.cold.prompt_tokens:,}",
-            f"{row.cold.seconds:.2f} s",
-            f"{row.prefix_cache.seconds:.2f} s\n{row.prefix_cache.cached_tokens:,} cached",
-            f"{row.saving.seconds:.2f} s\n{row.saving.cached_tokens:,} cached",
-            f"{row.restart.seconds:.2f} s\n{row.restart.cached_tokens:,} cached",
+            f"{row.cold.seconds:.2f} s\n{row.cold.cached_tokens:,}",
+            f"{row.prefix_cache.seconds:.2f} s\n{row.prefix_cache.cached_tokens:,}",
+            f"{row.saving.seconds:.2f} s\n{row.saving.cached_tokens:,}",
+            f"{row.restart.seconds:.2f} s\n{row.restart.cached_tokens:,}",
             "yes" if row.same else "[red]NO[/red]",
         )
     console.print(table)

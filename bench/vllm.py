@@ -1,0 +1,306 @@
+"""``make bench-vllm``: SmolLM2 in bfloat16 by vLLM on one core, with and without kvkeep. All ratios within one run.
+
+Each engine is a process of its own (:mod:`bench.vllm_engine`); those that are compared are asked in turns, so that a
+machine that slows down does so for all. What is timed is a prompt of 3,000 tokens until its first token; prompts differ
+from their first token on. Rows:
+
+- *cold*: nothing known. The same with kvkeep or vLLM's ``fs`` tier costs more by what saving costs; CPU seconds include
+  those of the background until all is written.
+- *own prefix cache*: asked again in the same vLLM process. The measure of all hits.
+- *second server*: another kvkeep server on the directory that the first one, still running, writes.
+- *restart*: a new process finds the prompt on disk, page cache warm (never dropped) or cold (dropped from the files).
+- *throughput*: 32 requests of 2,000 tokens that share 1,500, eight at a time, a KV pool for 16,000 tokens; asked for
+  the first time, asked again (the pool has lost most of it), and asked again after a restart.
+
+vLLM's ``fs`` tier is made for GPU hosts; here it runs by :mod:`kvkeep.testing.vllm_offload`. ``--lmcache DIR`` adds
+LMCache from the virtual environment DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from bench.report import console, show
+from kvkeep.cli.smollm2 import folder
+from kvkeep.cli.vllm_args import transfer_config
+from kvkeep.cli.vllm_server import ENVIRONMENT
+
+PROMPT = 3_000
+SHARED, REQUEST, REQUESTS, CONCURRENCY, NEW_TOKENS = 1_500, 2_000, 32, 8, 16
+PAGE = 128
+OPTIONS = {"model": "", "enforce_eager": True, "max_model_len": 4096, "disable_log_stats": True}
+
+
+class Engine:
+    """A process with one engine. ``options``: of ``vllm.LLM``."""
+
+    def __init__(self, name: str, log: Path, python: str = sys.executable, **options: Any) -> None:
+        self.name = name
+        self._log = log
+        environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": os.getcwd()}
+        with log.open("a") as stream:
+            self._process = subprocess.Popen(
+                [python, "-m", "bench.vllm_engine"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stream,
+                text=True,
+                env=environment,
+            )
+        self._send({**OPTIONS, "model": str(folder()), **options})
+
+    def __enter__(self) -> Engine:
+        self._receive()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _send(self, request: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+
+    def _receive(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            tail = "\n".join(self._log.read_text().splitlines()[-20:])
+            raise RuntimeError(f"{self.name} has ended:\n{tail}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def ask(self, *prompts: list[int], new_tokens: int = 1) -> dict[str, Any]:
+        self._send({"prompts": prompts, "new_tokens": new_tokens})
+        return self._receive()
+
+    def settle(self) -> float:
+        """Wait until all is written; CPU seconds of that."""
+        self._send({"settle": True})
+        return float(self._receive()["cpu"])
+
+
+class Row:
+    """Answers of one case, prompt by prompt."""
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+        self.cached: list[int] = []
+        self.tokens: list[list[list[int]]] = []
+
+    def add(self, answer: dict[str, Any], background: float = 0.0) -> None:
+        self.wall.append(answer["wall"])
+        self.cpu.append(answer["cpu"] + background)
+        self.cached += answer["cached"]
+        self.tokens.append(answer["tokens"])
+
+
+def drop(directory: Path) -> None:
+    """Take the files of ``directory`` out of the page cache, without anybody else's."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def kvkeep_options(directory: Path, **more: Any) -> dict[str, Any]:
+    return {"kv_transfer_config": transfer_config({"dir": str(directory), "disk": "4GiB", **more})}
+
+
+def fs_options(directory: Path) -> dict[str, Any]:
+    extra = {
+        "spec_name": "CPUTieringSpec",
+        "spec_module_path": "kvkeep.testing.vllm_offload",
+        "cpu_bytes_to_use": 1 << 30,
+        "secondary_tiers": [{"type": "fs", "root_dir": str(directory)}],
+    }
+    return {
+        "kv_transfer_config": {
+            "kv_connector": "OffloadingConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": extra,
+        }
+    }
+
+
+def document() -> list[int]:
+    from tokenizers import Tokenizer
+
+    text = files("kvkeep.cli").joinpath("constitution.txt").read_text(encoding="utf-8")
+    ids: list[int] = Tokenizer.from_file(str(folder() / "tokenizer.json")).encode(text).ids
+    return ids
+
+
+def prompts(count: int, ids: Sequence[int]) -> list[list[int]]:
+    """Prompts of PROMPT tokens that differ from the first one on."""
+    return [[1_000 + number, *ids[number : number + PROMPT - 1]] for number in range(count)]
+
+
+def warm_up(engines: Iterable[Engine], ids: Sequence[int]) -> None:
+    """What a process does once is not timed: kernels are compiled, pages touched. The second is a hit."""
+    for engine in engines:
+        for _ in range(2):
+            engine.ask(list(ids[-800:]))
+            engine.settle()
+
+
+def latency(repeats: int, place: Path, log: Path, extra: dict[str, tuple[str, dict[str, Any]]]) -> list[list[str]]:
+    """``extra``: further engines that keep something across a restart, by name: their Python and options."""
+    ids = document()
+    asked = prompts(repeats, ids)
+    keepers: dict[str, tuple[str, dict[str, Any]]] = {
+        "kvkeep": (sys.executable, kvkeep_options(place / "kvkeep")),
+        "vLLM's fs tier": (sys.executable, fs_options(place / "fs")),
+        **extra,
+    }
+    rows: dict[str, Row] = {}
+
+    def engine(name: str) -> Engine:
+        python, options = keepers[name]
+        return Engine(name, log, python, **options)
+
+    def row(name: str) -> Row:
+        return rows.setdefault(name, Row())
+
+    with Engine("vLLM alone", log) as alone:
+        with ExitStack() as running:
+            step("cold requests")
+            savers = [running.enter_context(engine(name)) for name in keepers]
+            warm_up([alone, *savers], ids)
+            for number, prompt in enumerate(asked):
+                row("cold").add(alone.ask(prompt))
+                for saver in savers if number % 2 else savers[::-1]:
+                    row(f"cold, {saver.name} saves").add(saver.ask(prompt), saver.settle())
+            step("a second server")
+            with engine("kvkeep") as second:
+                warm_up([second], ids)
+                for prompt in asked:
+                    row("own prefix cache").add(alone.ask(prompt))
+                    row("kvkeep: second server").add(second.ask(prompt))
+        for cache in ("warm", "cold"):
+            for name in keepers:
+                step(f"{name}: restart, page cache {cache}")
+                with engine(name) as again:
+                    warm_up([again], ids)
+                    for prompt in asked:
+                        if cache == "cold":
+                            drop(place)
+                        row("own prefix cache").add(alone.ask(prompt))
+                        row(f"{name}: restart, page cache {cache}").add(again.ask(prompt))
+    return [line(name, each, rows) for name, each in rows.items()]
+
+
+def line(name: str, row: Row, rows: dict[str, Row]) -> list[str]:
+    """A row of the table; ratios are those of the medians."""
+    base = rows["cold" if name.startswith("cold") else "own prefix cache"]
+    same = [token for tokens in rows["cold"].tokens for token in tokens]
+    asked = len(same)
+    equal = sum(tokens[0] == same[at % asked] for at, tokens in enumerate(row.tokens))
+
+    def ratio(mine: list[float], other: list[float]) -> str:
+        return f"{statistics.median(mine) / statistics.median(other):.3f}"
+
+    return [
+        name,
+        f"{min(row.wall):.3f} / {statistics.median(row.wall):.3f}",
+        ratio(row.wall, base.wall),
+        f"{min(row.cpu):.2f} / {statistics.median(row.cpu):.2f}",
+        ratio(row.cpu, base.cpu),
+        f"{PROMPT - min(row.cached):,}",
+        f"{equal}/{len(row.tokens)}",
+    ]
+
+
+def throughput(place: Path, log: Path) -> list[list[str]]:
+    ids = document()
+    numbers = random.Random(0)
+    asked = [ids[:SHARED] + [numbers.choice(ids) for _ in range(REQUEST - SHARED)] for _ in range(REQUESTS)]
+    pool = {"max_num_seqs": CONCURRENCY, "num_gpu_blocks_override": REQUESTS * REQUEST // 4 // PAGE}
+    kept = kvkeep_options(place / "throughput")
+    found: dict[str, Row] = {}
+
+    def run(name: str, engine: Engine) -> None:
+        step(f"throughput: {name}")
+        found.setdefault(name, Row()).add(engine.ask(*asked, new_tokens=NEW_TOKENS))
+        engine.settle()
+
+    with Engine("vLLM alone", log, **pool) as alone:
+        warm_up([alone], ids[::-1])
+        run("vLLM alone, first time", alone)
+        run("vLLM alone, again", alone)
+    with Engine("kvkeep", log, **pool, **kept) as first:
+        warm_up([first], ids[::-1])
+        run("kvkeep, first time", first)
+        run("kvkeep, again", first)
+    with Engine("kvkeep", log, **pool, **kept) as second:
+        warm_up([second], ids[::-1])
+        run("kvkeep, after a restart", second)
+    bases = {"first time": "vLLM alone, first time", "again": "vLLM alone, again"}
+    table = []
+    for name, row in found.items():
+        # After a restart vLLM alone knows nothing: its first time is what it does then.
+        base = found[bases.get(name.partition(", ")[2], "vLLM alone, first time")]
+        rate = REQUESTS / row.wall[0]
+        table.append(
+            [
+                name,
+                f"{row.wall[0]:.1f}",
+                f"{rate:.2f}",
+                f"{rate / (REQUESTS / base.wall[0]):.2f}",
+                f"{sum(row.cached) / len(row.cached):,.0f}",
+            ]
+        )
+    return table
+
+
+def step(text: str) -> None:
+    console.print(f"[dim]{text} …[/dim]", highlight=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.vllm", description="kvkeep in vLLM, measured")
+    parser.add_argument("--repeats", type=int, default=5, help="prompts of the first table (default: 5)")
+    parser.add_argument("--lmcache", type=Path, help="a virtual environment with LMCache: it joins the table")
+    parser.add_argument("--only", choices=["latency", "throughput"], help="one of the two tables")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="kvkeep-bench-vllm-", dir=Path.cwd()) as name:
+        place, log = Path(name), Path(name) / "engines.log"
+        if given.only != "throughput":
+            show(
+                "vllm",
+                f"{PROMPT:,} tokens, SmolLM2 bf16, one core: seconds, min / median of {given.repeats}",
+                ["case", "wall s", "×", "CPU s", "× ", "tokens computed", "same token"],
+                latency(given.repeats, place, log, {}),
+            )
+            console.print("×: to `cold` for the cold rows, to `own prefix cache` for all others.")
+        if given.only != "latency":
+            show(
+                "vllm-throughput",
+                f"{REQUESTS} requests of {REQUEST:,} tokens sharing {SHARED:,}, concurrency {CONCURRENCY}",
+                ["case", "wall s", "requests/s", "× vLLM alone", "cached tokens a request"],
+                throughput(place, log),
+            )
+
+
+if __name__ == "__main__":
+    main()
