@@ -2,13 +2,13 @@
 
 ::
 
-    PREFIX:{KEY}            a value of at most 4 MiB, as it is
-    PREFIX:{KEY}            or a manifest: magic, the value's bytes, the xxh3-128 of each part
-    PREFIX:{KEY}:DIGEST     a part of 4 MiB: larger values cost a server two to three times as much a byte
+    PREFIX:{KEY}              a value of up to 7 MiB, as it is
+    PREFIX:{KEY}              or a manifest: magic, the value's bytes, a part's bytes, a token
+    PREFIX:{KEY}:TOKEN.N      part N of a larger value: from 8 MiB on a byte costs a server two to three times as much
 
-KEY and DIGEST are hexadecimal; the braces keep a value's parts in one slot of a cluster. A part's name is its content,
-so two writers never mix parts. It expires after ten minutes unless the manifest, which is written last, has been
-accepted: a value is visible only when it is whole. Nothing outside ``PREFIX:`` is touched.
+KEY and TOKEN are hexadecimal; the braces keep a value's parts in one slot of a cluster. A token is drawn for
+each put, so two writers never mix parts. Parts expire after ten minutes unless the manifest, which is written last, has
+been accepted: a value is visible only when it is whole. Nothing outside ``PREFIX:`` is touched.
 
 The server evicts (``maxmemory`` with ``allkeys-lru``); this store has no capacity. Every call has a deadline, and
 every failure is a :class:`~kvkeep.errors.StoreError` with a cause.
@@ -23,9 +23,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
-
-import xxhash
+from typing import Any, NamedTuple
 
 from kvkeep.buffers import Buffer, BufferPool, as_bytes, nbytes_of
 from kvkeep.errors import ConfigError, StoreError, ValueTooLargeError
@@ -37,14 +35,18 @@ from kvkeep.stores.redis_wire import Wire, outcome, pack, word
 
 __all__ = ["RedisStore", "connect"]
 
+WHOLE_NBYTES = (7 << 20) - 4096
+"""The largest value that is stored as it is: from 8 MiB on, jemalloc gives memory back to the system at once, so that
+each value lands on fresh pages."""
+
 PART_NBYTES = 4 << 20
+"""The largest part. A value's parts are of one size, so that the room of an evicted one fits the next."""
+
 LARGEST_NBYTES = (1 << 30) + (1 << 20)
 """Of a value in parts: a frame's largest payload, and room for a header."""
 
 MAGIC = b"kvkeep parts 1\r\n"
-_MANIFEST = struct.Struct("<16sQ")
-_DIGEST_NBYTES = 16
-MANIFEST_NBYTES = _MANIFEST.size + _DIGEST_NBYTES * -(-LARGEST_NBYTES // PART_NBYTES)
+_MANIFEST = struct.Struct("<16sQQ16s")
 
 PART_SECONDS = 600
 """How long parts wait for their manifest."""
@@ -53,6 +55,10 @@ DEPTH = 2
 """Values asked for ahead: deeper pipelines of large values cost Redis 7 more a byte."""
 
 SCAN_COUNT = 1000
+
+
+def draw_token() -> bytes:
+    return os.urandom(16)
 
 
 class RedisStore(Store):
@@ -69,10 +75,11 @@ class RedisStore(Store):
         save_timeout: float = 2.0,
         connect_timeout: float = CONNECT_SECONDS,
         rate: float = 50e6,
+        token: Callable[[], bytes] = draw_token,
     ) -> None:
         """``ttl``: seconds a value lives, for ever if None. A lookup has ``lookup_timeout`` seconds, a load or a save
         its own, and what its bytes take at ``rate`` bytes a second. ``connect_timeout`` is for what happens in the
-        background."""
+        background. ``token``: 16 bytes that nobody else draws."""
         if not re.fullmatch(r"[A-Za-z0-9._:/-]+", prefix):
             raise ConfigError(f"prefix {prefix!r}: letters, digits and . _ : / - only")
         for name, seconds in (("lookup_timeout", lookup_timeout), ("load_timeout", load_timeout),
@@ -83,7 +90,7 @@ class RedisStore(Store):
         self.prefix = prefix
         self._ttl = None if ttl is None else max(1, round(ttl * 1000))
         self.lookup_timeout, self._load_timeout, self.save_timeout = lookup_timeout, load_timeout, save_timeout
-        self._connect_timeout, self._rate = connect_timeout, rate
+        self._connect_timeout, self._rate, self._token = connect_timeout, rate, token
         address = parse(url)
         self._where = str(address)
         self.servers = (Cluster if address.kind == "cluster" else Server)(address, connect_timeout)
@@ -124,7 +131,7 @@ class RedisStore(Store):
         def work(wire: Wire, group: Sequence[int]) -> Sequence[Any]:
             asked = names if len(group) == len(names) else [names[index] for index in group]
             wire.send([head + (b"\r\n" + head).join(asked) + b"\r\n"])
-            return [outcome(line) for line in wire.lines(len(group))]
+            return wire.outcomes(len(group))
 
         return [reply == b":1" for reply in self.servers.ask(names, self.lookup_timeout, work)]
 
@@ -143,7 +150,7 @@ class RedisStore(Store):
             values = self._get(self.names(keys), lambda _, nbytes: stack.enter_context(self._pool.borrow(nbytes)))
             for at, value in enumerate(values):
                 if value is not None and value[: len(MAGIC)] == MAGIC:
-                    values[at] = self._join(keys[at], value, stack)
+                    values[at] = self._join(keys[at], Manifest.parse(value), stack)
             yield [None if value is None else value.toreadonly() for value in values]
 
     def items(self) -> Iterator[tuple[BlockKey, int]]:
@@ -165,9 +172,9 @@ class RedisStore(Store):
             for name, line in zip(batch, sizes, strict=True):
                 key = BlockKey(bytes.fromhex(name[len(self._head) : -1].decode()))
                 nbytes = int((line or b":0")[1:])
-                if 0 < nbytes <= MANIFEST_NBYTES:  # perhaps a manifest
+                if nbytes == _MANIFEST.size:  # perhaps a manifest
                     manifest = self._manifest(key)
-                    nbytes = nbytes if manifest is None else self._parts(key, manifest)[0]
+                    nbytes = nbytes if manifest is None else manifest.nbytes
                 if nbytes:  # else it has vanished meanwhile
                     found[key] = nbytes
         return iter(list(found.items()))
@@ -190,7 +197,7 @@ class RedisStore(Store):
         whole: list[tuple[bytes, Sequence[Buffer]]] = []
         for (key, parts), size in zip(items, sizes, strict=True):
             views = [as_bytes(part) for part in parts]
-            if size > PART_NBYTES or _begins(views, MAGIC):  # what looks like a manifest is never stored as it is
+            if size > WHOLE_NBYTES or _begins(views, MAGIC):  # what looks like a manifest is never stored as it is
                 self._put_in_parts(key, views)
             else:
                 whole.append((self._name(key), views))
@@ -228,7 +235,7 @@ class RedisStore(Store):
             wire.send(asked[:DEPTH])
             replies: list[Any] = []
             for at, index in enumerate(group):
-                reply = wire.bulk(partial(room, index), PART_NBYTES, self._rate)
+                reply = wire.bulk(partial(room, index), WHOLE_NBYTES, self._rate)
                 replies.append(outcome(reply) if isinstance(reply, bytes) else reply)
                 if at + DEPTH < len(asked):
                     wire.send([asked[at + DEPTH]])
@@ -236,44 +243,32 @@ class RedisStore(Store):
 
         return list(self.servers.ask(names, self._load_timeout, work))
 
-    def _manifest(self, key: BlockKey) -> bytes | None:
-        """The list of parts of ``key``, if it is stored in parts."""
+    def _manifest(self, key: BlockKey) -> Manifest | None:
+        """Of ``key``, if it is stored in parts."""
         name = self._name(key)
 
         def first(wire: Wire, group: Sequence[int]) -> Sequence[Any]:
-            wire.send([pack(b"GETRANGE", name, b"0", b"%d" % (MANIFEST_NBYTES - 1))])
-            reply = wire.bulk(lambda nbytes: memoryview(bytearray(nbytes)), MANIFEST_NBYTES, self._rate)
+            wire.send([pack(b"GETRANGE", name, b"0", b"%d" % (_MANIFEST.size - 1))])
+            reply = wire.bulk(lambda nbytes: memoryview(bytearray(nbytes)), _MANIFEST.size, self._rate)
             return [outcome(reply) if isinstance(reply, bytes) else reply]
 
         (start,) = self.servers.ask([name], self._load_timeout, first)
-        return bytes(start) if start is not None and start[: len(MAGIC)] == MAGIC else None
+        return Manifest.parse(start) if start is not None and start[: len(MAGIC)] == MAGIC else None
 
-    def _join(self, key: BlockKey, manifest: Buffer, stack: ExitStack) -> memoryview | None:
-        """The value in parts that ``manifest`` lists. One that has lost a part is forgotten."""
-        nbytes, names = self._parts(key, manifest)
-        out = stack.enter_context(self._pool.borrow(nbytes))
+    def _join(self, key: BlockKey, manifest: Manifest, stack: ExitStack) -> memoryview | None:
+        """The value in parts. One that has lost a part is forgotten."""
+        out = stack.enter_context(self._pool.borrow(manifest.nbytes))
+        places = list(_cut([out], manifest.part_nbytes))
 
         def room(index: int, found: int) -> memoryview:
-            place = out[index * PART_NBYTES : min(nbytes, (index + 1) * PART_NBYTES)]
+            (place,) = places[index]
             return place if len(place) == found else stack.enter_context(self._pool.borrow(found))
 
-        got = self._get(names, room)
-        if None in got or sum(len(part) for part in got if part is not None) != nbytes:
+        got = self._get(manifest.names(self._name(key)), room)
+        if [len(part or b"") for part in got] != [len(place) for (place,) in places]:
             self._forget(key, manifest)
             return None
         return out
-
-    def _parts(self, key: BlockKey, manifest: Buffer) -> tuple[int, list[bytes]]:
-        """Bytes of a value, and the names of its parts."""
-        digests = memoryview(manifest)[_MANIFEST.size :]
-        _, nbytes = _MANIFEST.unpack_from(manifest)
-        if nbytes > LARGEST_NBYTES or len(digests) != _DIGEST_NBYTES * -(-nbytes // PART_NBYTES):
-            raise StoreError(f"a list of parts that is none, at {key.hex()[:16]}", cause="garbage")
-        name = self._name(key)
-        return nbytes, [
-            name + b":" + digests[at : at + _DIGEST_NBYTES].hex().encode()
-            for at in range(0, len(digests), _DIGEST_NBYTES)
-        ]
 
     def _set(self, values: Sequence[tuple[bytes, Sequence[Buffer]]], milliseconds: int | None) -> list[bytes | None]:
         """SET … NX of each name, not joining its buffers: ``+OK``, ``$-1`` if it was there, None if it went nowhere."""
@@ -291,7 +286,7 @@ class RedisStore(Store):
                     tail,
                 ]
             wire.send(buffers)
-            return [outcome(line) for line in wire.lines(len(group))]
+            return wire.outcomes(len(group))
 
         total = sum(nbytes_of(list(parts)) for _, parts in values)
         seconds = self.save_timeout + total / self._rate
@@ -299,25 +294,24 @@ class RedisStore(Store):
 
     def _put_in_parts(self, key: BlockKey, views: Sequence[memoryview]) -> None:
         name = self._name(key)
-        pieces = list(_cut(views, PART_NBYTES))
-        digests = []
-        for piece in pieces:  # hashed just before it is sent, while it is in the processor's cache
-            state = xxhash.xxh3_128()
-            for view in piece:
-                state.update(view)
-            digests.append(state.digest())
-            self._set([(name + b":" + state.hexdigest().encode(), piece)], PART_SECONDS * 1000)
-        manifest = _MANIFEST.pack(MAGIC, sum(map(len, views))) + b"".join(digests)
-        if self._set([(name, [manifest])], self._ttl) == [b"+OK"]:
-            parts = [name + b":" + digest.hex().encode() for digest in digests]
-            keep = [b"PERSIST"] if self._ttl is None else [b"PEXPIRE", b"%d" % self._ttl]
-            self._tell([pack(keep[0], part, *keep[1:]) for part in parts], parts, self.save_timeout)
+        nbytes = sum(map(len, views))
+        count = -(-nbytes // PART_NBYTES)
+        manifest = Manifest(nbytes, -(-nbytes // count), self._token())
+        parts = manifest.names(name)
+        pieces = _cut(views, manifest.part_nbytes)
+        self._set(list(zip(parts, pieces, strict=True)), PART_SECONDS * 1000)
+        expiry = [] if self._ttl is None else [b"PX", b"%d" % self._ttl]
+        publish = pack(b"SET", name, manifest.packed(), b"NX", *expiry)
+        keep = [pack(b"PERSIST", part) if self._ttl is None else pack(b"PEXPIRE", part, expiry[1]) for part in parts]
+        replies = self._tell([publish, *keep], [name, *parts], self.save_timeout)
+        if replies[0] == b"$-1":  # another writer was first
+            self._tell([pack(b"UNLINK", part) for part in parts], parts, self.save_timeout)
 
-    def _forget(self, key: BlockKey, manifest: Buffer | None) -> bool:
+    def _forget(self, key: BlockKey, manifest: Manifest | None) -> bool:
         """Delete ``key``, with its parts where there is a ``manifest``; was it there?"""
         names = [self._name(key)]
         if manifest is not None:
-            names += self._parts(key, manifest)[1]
+            names += manifest.names(names[0])
         replies = self._tell([pack(b"UNLINK", name) for name in names], names, self.save_timeout)
         return bool(replies[0] == b":1")
 
@@ -326,13 +320,38 @@ class RedisStore(Store):
 
         def work(wire: Wire, group: Sequence[int]) -> Sequence[Any]:
             wire.send([b"".join(commands[index] for index in group)])
-            return [outcome(line) for line in wire.lines(len(group))]
+            return wire.outcomes(len(group))
 
         return self.servers.ask(names, seconds, work)
 
     def _check_open(self) -> None:
         if self._closed:
             raise StoreError("this store is closed", cause="closed")
+
+
+class Manifest(NamedTuple):
+    """What stands in the place of a value in parts."""
+
+    nbytes: int
+    part_nbytes: int
+    token: bytes
+
+    @classmethod
+    def parse(cls, data: Buffer) -> Manifest:
+        """What begins with the magic is ours, or somebody's who pretends to be."""
+        if len(data) == _MANIFEST.size:
+            _, nbytes, part_nbytes, token = _MANIFEST.unpack(data)
+            if 0 < nbytes <= LARGEST_NBYTES and (part_nbytes >= 1 << 20 or part_nbytes == nbytes):
+                return cls(nbytes, part_nbytes, token)
+        raise StoreError("a list of parts that is none", cause="garbage")
+
+    def packed(self) -> bytes:
+        return _MANIFEST.pack(MAGIC, *self)
+
+    def names(self, name: bytes) -> list[bytes]:
+        """Of the parts of what is called ``name``."""
+        count = -(-self.nbytes // self.part_nbytes)
+        return [b"%b:%b.%d" % (name, self.token.hex().encode(), number) for number in range(count)]
 
 
 def _cut(views: Sequence[memoryview], nbytes: int) -> Iterator[list[memoryview]]:

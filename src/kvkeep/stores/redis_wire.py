@@ -12,22 +12,26 @@ Any surprise raises :class:`~kvkeep.errors.StoreError`; whoever holds the wire c
 
 from __future__ import annotations
 
+import socket
 import ssl
+import struct
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from kvkeep.buffers import Buffer, as_bytes
 from kvkeep.errors import StoreError
 
-if TYPE_CHECKING:
-    from redis.connection import AbstractConnection
-
 BUFFER_NBYTES = 64 << 10
-"""Replies are received here. The start of a value lands here too and is copied on: a few percent of it."""
+"""Replies of one line are received here."""
+
+LINE_NBYTES = 512
+"""The longest line, and what is received at once where a value follows: its start is copied on."""
 
 IOV_MAX = 512
 """Buffers a system call, below Linux' 1024."""
+
+_TIMEVAL = struct.Struct("@ll")
 
 _CAUSES = {
     b"OOM": ("full", "it is out of memory and its maxmemory-policy evicts nothing"),
@@ -45,9 +49,6 @@ _CAUSES = {
     b"MOVED": ("error", "it is a node of a cluster: say redis+cluster://"),
     b"ASK": ("error", "it is a node of a cluster: say redis+cluster://"),
 }
-
-
-_ONE_LINE = (b"+", b":", b"-")
 
 
 class Redirect(NamedTuple):
@@ -92,25 +93,34 @@ def garbage(line: bytes) -> StoreError:
 
 
 class Wire:
-    """A connection. One exchange at a time, within :attr:`deadline` (of ``time.monotonic``)."""
+    """A connection. One exchange at a time, within :attr:`deadline` (of ``time.monotonic``).
 
-    def __init__(self, connection: AbstractConnection) -> None:
-        """``connection`` is connected."""
+    A plain socket blocks, and the kernel keeps the time (SO_RCVTIMEO, SO_SNDTIMEO): a value is then received by one
+    system call, where Python's own timeouts poll before each of many.
+    """
+
+    def __init__(self, connection: Any) -> None:
+        """``connection``: redis-py's, connected."""
         self.deadline = 0.0
         self._connection: Any = connection
-        self._socket: Any = connection._sock  # redis-py has no public name for it, and has had this one since 2009
+        self._socket: Any = (
+            self._connection._sock
+        )  # redis-py has no public name for it, and has had this one since 2009
         self._encrypted = isinstance(self._socket, ssl.SSLSocket)
+        if not self._encrypted:
+            self._socket.settimeout(None)
         self._buffer = memoryview(bytearray(BUFFER_NBYTES))
         self._start = self._end = 0
+        self._tail = memoryview(bytearray(2))
+        self._armed = 0.0
 
     @property
     def clean(self) -> bool:
         """Is nothing waiting on this idle connection? An answer nobody asked for, or the end, makes it useless."""
         if self._encrypted:  # a session ticket is no answer
             return True
-        self._socket.settimeout(0)
         try:
-            self._socket.recv(1)
+            self._socket.recv(1, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return True
         except OSError:
@@ -119,27 +129,19 @@ class Wire:
 
     def send(self, buffers: Sequence[Buffer]) -> None:
         """All of ``buffers``, without joining them."""
-        try:
+        rest = [as_bytes(buffer) for buffer in buffers]
+        while rest:
             if self._encrypted:
-                for buffer in buffers:
-                    self._limit()
-                    self._socket.sendall(buffer)
-                return
-            rest = [as_bytes(buffer) for buffer in buffers]
-            while rest:
-                self._limit()
-                sent = self._socket.sendmsg(rest[:IOV_MAX])
-                at = 0
-                while at < len(rest) and sent >= len(rest[at]):
-                    sent -= len(rest[at])
-                    at += 1
-                rest = rest[at:]
-                if sent:
-                    rest[0] = rest[0][sent:]
-        except TimeoutError:
-            raise _too_slow() from None
-        except OSError as error:
-            raise StoreError(f"the connection broke: {error.strerror or error}", cause="unreachable") from None
+                self._call(self._socket.sendall, rest.pop(0))
+                continue
+            sent = self._call(self._socket.sendmsg, rest[:IOV_MAX])
+            at = 0
+            while at < len(rest) and sent >= len(rest[at]):
+                sent -= len(rest[at])
+                at += 1
+            rest = rest[at:]
+            if sent:
+                rest[0] = rest[0][sent:]
 
     def lines(self, count: int) -> list[bytes]:
         """The next ``count`` replies, of one line each."""
@@ -150,23 +152,28 @@ class Wire:
             if cut < 0:
                 if len(chunk) == BUFFER_NBYTES:
                     raise garbage(chunk)
-                self._receive()
+                self._receive(BUFFER_NBYTES)
                 continue
             found += chunk[:cut].split(b"\r\n", count - len(found))
             self._start += cut + 2
             if len(found) > count:
                 raise garbage(found[count])
-        for line in found:
-            if line[:1] not in _ONE_LINE and line != b"$-1":
+        for line in set(found):
+            if line[:1] not in (b"+", b":", b"-") and line != b"$-1":
                 raise garbage(line)
         return found
+
+    def outcomes(self, count: int) -> Sequence[bytes | Redirect]:
+        """:meth:`lines`, of which none is an error that has to be raised."""
+        found = self.lines(count)
+        return [outcome(line) for line in found] if any(line[:1] == b"-" for line in set(found)) else found
 
     def bulk(self, room: Callable[[int], memoryview], largest: int, rate: float) -> memoryview | bytes | None:
         """The next reply: a value, received into ``room(nbytes)``, None where there is none, or an error's line.
 
         The deadline is extended by the value's size at ``rate`` bytes a second.
         """
-        line = self._line()
+        line = self.line()
         if line[:1] == b"-":
             return line
         if line[:1] != b"$" or not line[1:].removeprefix(b"-").isdigit():
@@ -177,58 +184,89 @@ class Wire:
         if not 0 <= nbytes <= largest:
             raise garbage(line)
         self.deadline += nbytes / rate
-        out = room(nbytes)
+        return self.value(room(nbytes)[:nbytes])
+
+    def value(self, out: memoryview) -> memoryview:
+        """Receive a value of ``len(out)`` bytes, and the line's end behind it."""
+        nbytes = len(out)
         here = min(nbytes, self._end - self._start)
         out[:here] = self._buffer[self._start : self._start + here]
         self._start += here
-        while here < nbytes:
-            here += self._receive_into(out[here:nbytes])
-        if self._line():
-            raise garbage(b"no end of a value")
-        return out[:nbytes]
+        end = min(2, self._end - self._start)
+        self._tail[:end] = self._buffer[self._start : self._start + end]
+        self._start += end
+        missing = [out[here:nbytes], self._tail[end:]]
+        while missing[1]:
+            got = self._receive_into(missing)
+            here = min(got, len(missing[0]))
+            missing = [missing[0][here:], missing[1][got - here :]]
+        if bytes(self._tail) != b"\r\n":
+            raise garbage(bytes(self._tail))
+        return out
 
     def close(self) -> None:
         self._connection.disconnect()
 
-    def _line(self) -> bytes:
+    def line(self) -> bytes:
+        """The next line, without its end."""
         while True:
-            chunk = bytes(self._buffer[self._start : min(self._end, self._start + 512)])
+            chunk = bytes(self._buffer[self._start : min(self._end, self._start + LINE_NBYTES)])
             cut = chunk.find(b"\r\n")
             if cut >= 0:
                 self._start += cut + 2
                 return chunk[:cut]
-            if len(chunk) == 512:
+            if len(chunk) == LINE_NBYTES:
                 raise garbage(chunk)
-            self._receive()
+            self._receive(LINE_NBYTES)
 
-    def _receive(self) -> None:
-        """More bytes into the buffer, behind those that have not been used."""
-        if self._start == self._end:
-            self._start = self._end = 0
-        elif self._end == BUFFER_NBYTES:
+    def _receive(self, most: int) -> None:
+        """More bytes into the buffer, behind those that have not been used: as many as there are, up to ``most``."""
+        if self._start:
             rest = bytes(self._buffer[self._start : self._end])
             self._start, self._end = 0, len(rest)
             self._buffer[: len(rest)] = rest
-        self._end += self._receive_into(self._buffer[self._end :])
+        got: int = self._call(self._socket.recv_into, self._buffer[self._end : self._end + most])
+        if got == 0:
+            raise _ended()
+        self._end += got
 
-    def _receive_into(self, out: memoryview) -> int:
-        try:
-            self._limit()
-            nbytes: int = self._socket.recv_into(out)
-        except TimeoutError:
-            raise _too_slow() from None
-        except OSError as error:
-            raise StoreError(f"the connection broke: {error.strerror or error}", cause="unreachable") from None
-        if nbytes == 0:
-            raise StoreError("the server closed the connection", cause="unreachable")
-        return nbytes
+    def _receive_into(self, places: list[memoryview]) -> int:
+        """Until ``places`` are full, or less where the kernel has had enough."""
+        if self._encrypted:
+            got: int = self._call(self._socket.recv_into, places[0] or places[1])
+        else:
+            got = self._call(self._socket.recvmsg_into, places, 0, socket.MSG_WAITALL)[0]
+        if got == 0:
+            raise _ended()
+        return got
 
-    def _limit(self) -> None:
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self._socket.settimeout(left)
+    def _call(self, operation: Callable[..., Any], *arguments: Any) -> Any:
+        """One system call, within what is left of the time."""
+        while True:
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                raise _too_slow()
+            try:
+                if self._encrypted:
+                    self._socket.settimeout(left)
+                elif not 0.9 * left <= self._armed <= 1.1 * left:  # near enough: this, too, is a system call
+                    self._arm(left)
+                return operation(*arguments)
+            except (TimeoutError, BlockingIOError):  # of the kernel's clock: is ours over, too?
+                continue
+            except OSError as error:
+                raise StoreError(f"the connection broke: {error.strerror or error}", cause="unreachable") from None
+
+    def _arm(self, seconds: float) -> None:
+        timeval = _TIMEVAL.pack(int(seconds), max(1, int(seconds % 1 * 1e6)))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+        self._armed = seconds
 
 
 def _too_slow() -> StoreError:
     return StoreError("no answer in time", cause="timeout")
+
+
+def _ended() -> StoreError:
+    return StoreError("the server closed the connection", cause="unreachable")
