@@ -32,7 +32,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from bench.report import console, show
+from bench.report import OUT, console, show
 from kvkeep.cli.smollm2 import folder
 from kvkeep.cli.vllm_args import transfer_config
 from kvkeep.cli.vllm_server import ENVIRONMENT
@@ -283,7 +283,8 @@ def main() -> None:
     parser.add_argument("--lmcache", type=Path, help="a virtual environment with LMCache: it joins the table")
     parser.add_argument("--only", choices=["latency", "throughput"], help="one of the two tables")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="kvkeep-bench-vllm-", dir=Path.cwd()) as name:
+    OUT.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="kvkeep-bench-vllm-", dir=OUT) as name:
         place, log = Path(name), Path(name) / "engines.log"
         if given.only != "throughput":
             show(

@@ -42,9 +42,16 @@ def test_a_file_is_named_by_its_full_path(tmp_path: Path, monkeypatch: pytest.Mo
     assert value["kv_connector_extra_config"] == {"config": str(tmp_path / "kvkeep.toml")}
 
 
+def test_any_other_option_by_its_name() -> None:
+    value = json.loads(run("-o", "async_load=true", "-o", 'policy={"disk": "sieve"}', "-o", "ttl=7d", "--json").stdout)
+    assert value["kv_connector_extra_config"] == {"async_load": True, "policy": {"disk": "sieve"}, "ttl": "7d"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["-o", "alined=true"], "did you mean 'aligned'"),
+        (["-o", "aligned"], "NAME=VALUE"),
         (["--policy", "lur"], "did you mean 'lru'"),
         (["--disk", "3Gi"], "'3Gi' is no size"),
         (["--config", "missing.toml"], "missing.toml"),

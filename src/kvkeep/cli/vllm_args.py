@@ -36,6 +36,12 @@ def vllm_args(
     ttl: Annotated[str | None, typer.Option(help="How long a block may be kept, as 7d.")] = None,
     block_tokens: Annotated[int | None, typer.Option(min=0, help="Tokens a stored block.")] = None,
     aligned: Annotated[bool, typer.Option("--aligned", help="Hits end at vLLM's own block boundaries only.")] = False,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option", "-o", metavar="NAME=VALUE", help="Any other option of docs/engines/vllm.md; repeat it."
+        ),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file with these options in place of the flags.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON alone, without the flag and quotes.")] = False,
 ) -> None:
@@ -60,9 +66,22 @@ def vllm_args(
         "config": None if config is None else str(config.expanduser().resolve()),
     }
     options = {name: value for name, value in given.items() if value is not None}
+    for each in option or []:
+        name, equals, text = each.partition("=")
+        if not equals:
+            fail(f"an option is NAME=VALUE, not {each!r}")
+        options[name] = _value(text)
     try:
         parse(options)
     except ConfigError as error:
         fail(str(error))
     value = json.dumps(transfer_config(options))
     print(value if as_json else f"--kv-transfer-config {shlex.quote(value)}")
+
+
+def _value(text: str) -> Any:
+    """``true``, ``16``, ``{"disk": "sieve"}`` as JSON means them; all else is a text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
