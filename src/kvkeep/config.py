@@ -9,6 +9,7 @@
     policy = "lru"
     codec = "raw"
     ttl = "30d"
+    quota = "2GiB"         # of one namespace
     write_rule = "all"     # or "seen-twice", "predicted"
     admission = "all"
     trace = "requests.jsonl"
@@ -54,6 +55,7 @@ class Config:
     policy: PerTier[str] = "lru"
     codec: PerTier[str] | None = None
     ttl: PerTier[float | str | None] = None
+    quota: PerTier[int | str | None] = None
     write_rule: PerTier[str] = "all"
     admission: PerTier[str] = "all"
     trace: Path | None = None
@@ -82,6 +84,11 @@ def _checked(key: str, value: Any) -> Any:
             if not isinstance(value, (int, str)) or isinstance(value, bool):
                 raise ConfigError(f'{key} is a size such as 1048576 or "2GiB", not {value!r}')
             return parse_size(value)
+        case "quota":
+            check_per_tier(key, value)
+            for one in value.values() if isinstance(value, Mapping) else [value]:
+                _checked("disk", one)
+            return value
         case "block_tokens":
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ConfigError(f"block_tokens is a number of tokens, not {value!r}")

@@ -47,6 +47,7 @@ TAG_NBYTES = 16
 ENCRYPTED = 1
 
 _STRUCT = struct.Struct("<8sHHIQQ32s32s16s8s12s16s16s12s16s")
+_TENANT_AT = 148
 SEAL_AT = HEADER_NBYTES - 16
 _UNSEALED = bytes(16)
 assert _STRUCT.size == HEADER_NBYTES
@@ -161,6 +162,13 @@ def parse(data: Buffer) -> tuple[Header, memoryview]:
         raise FrameError("short", f"an encrypted payload of {payload_nbytes} bytes has no room for its tag")
     header = Header(payload_nbytes, decoded_nbytes, BlockKey(key), layout, name, whose, key_id, nonce, salt)
     return header, view[HEADER_NBYTES:]
+
+
+def tenant_of(head: Buffer) -> bytes:
+    """The tenant's mark in the first bytes of a frame; empty where there is none, or no frame."""
+    view = as_bytes(head)
+    tenant = bytes(view[_TENANT_AT : _TENANT_AT + 16])
+    return tenant if len(view) >= HEADER_NBYTES and view[: len(MAGIC)] == MAGIC and any(tenant) else b""
 
 
 def check(header: Header, key: BlockKey, layout: bytes, decoded_nbytes: int | None = None) -> None:

@@ -48,6 +48,7 @@ def open(
     policy: PerTier[str] = DEFAULT_POLICY,
     codec: PerTier[str] | None = None,
     ttl: PerTier[float | str | None] = None,
+    quota: PerTier[int | str | None] = None,
     write_rule: PerTier[str] = "all",
     admission: PerTier[str] = "all",
     namespace: bytes = b"",
@@ -63,10 +64,11 @@ def open(
 
     These take one value, or one for each tier, as in ``{"memory": "lru", "disk": "fifo"}``: ``policy`` evicts from
     memory and disk (a server evicts by its own); ``codec`` is what blocks are stored in, by default raw;
-    ``ttl`` is how long a block may be kept, in seconds or as ``"7d"``. ``write_rule`` says which blocks are written
-    down to disk and server: ``"all"``, ``"seen-twice"`` (by a second request) or ``"predicted"``; ``admission``, with
-    the same names, which blocks come into a tier at all, also up from below. (With a tier below it, memory takes
-    every new block, since it is where writes wait.)
+    ``ttl`` is how long a block may be kept, in seconds or as ``"7d"``; ``quota`` is what the blocks of one namespace
+    may take of memory and of disk, in this process: who needs more evicts its own. ``write_rule`` says which blocks
+    are written down to disk and server: ``"all"``, ``"seen-twice"`` (by a second request) or ``"predicted"``;
+    ``admission``, with the same names, which blocks come into a tier at all, also up from below. (With a tier below
+    it, memory takes every new block, since it is where writes wait.)
 
     ``namespace`` is a tenant's secret: other tenants cannot find its blocks. ``encryption`` encrypts all that leaves
     memory: ``"env:NAME"``, a file's path, or a callable that returns a key of 32 bytes; of several in a list the first
@@ -86,8 +88,8 @@ def open(
     if not memory_nbytes and not disk_nbytes and remote is None:
         raise ConfigError("a cache without any tier keeps nothing: give memory=, a path and disk=, or remote=")
     cipher = open_cipher(encryption)
-    for option, value in [("policy", policy), ("codec", codec), ("ttl", ttl), ("write_rule", write_rule),
-                          ("admission", admission)]:  # fmt: skip
+    for option, value in [("policy", policy), ("codec", codec), ("ttl", ttl), ("quota", quota),
+                          ("write_rule", write_rule), ("admission", admission)]:  # fmt: skip
         check_per_tier(option, value)
 
     def tier(name: str, store: Store, *, owned: bool = True) -> Tier:
@@ -99,6 +101,7 @@ def open(
             observer=told,
             trusted=name == "memory",
             ttl=_seconds(_of(ttl, name, None)) if owned else None,
+            quota=_quota(_of(quota, name, None)) if owned and (memory_nbytes or name != "memory") else None,
             write_rule=_rule(_of(write_rule, name, "all")),
             admission=_rule(_of(admission, name, "all")),
         )
@@ -171,6 +174,13 @@ def _of(value: PerTier[T], name: str, default: T) -> T:
 def _rule(name: str) -> WriteRule | None:
     rule = write_rule_named(name)
     return None if isinstance(rule, All) else rule
+
+
+def _quota(quota: int | str | None) -> int | None:
+    nbytes = None if quota is None else parse_size(quota)
+    if nbytes == 0:
+        raise ConfigError("a quota of 0 keeps nothing: leave it out, or give a size")
+    return nbytes
 
 
 def _seconds(ttl: float | str | None) -> float | None:

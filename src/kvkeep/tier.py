@@ -13,8 +13,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 
+from kvkeep import frame
 from kvkeep.admission import WriteRule
 from kvkeep.breaker import Breaker
+from kvkeep.buffers import nbytes_of
 from kvkeep.codecs.base import Codec
 from kvkeep.errors import StoreError, StoreFullError, ValueTooLargeError
 from kvkeep.events import Observer
@@ -24,10 +26,19 @@ from kvkeep.stores.base import Item, Store
 
 log = logging.getLogger("kvkeep")
 
+WRITES_ONLY = ("full", "readonly")
+"""Causes with which a medium can still be read."""
+
 MAX_HIDDEN = 1 << 16
 
 PolicyFactory = Callable[[int], EvictionPolicy]
 """Makes a policy for a capacity in bytes."""
+
+
+_Group = tuple[int, bytes | None]
+"""Blocks with a policy of their own: their priority, and with a quota their tenant."""
+
+_COMMON: _Group = (0, None)
 
 
 class Tier:
@@ -45,16 +56,19 @@ class Tier:
         ttl: float | None = None,
         write_rule: WriteRule | None = None,
         admission: WriteRule | None = None,
+        quota: int | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """``trusted``: bytes never left this process, so frames need no seal. ``ttl``: seconds that a block of an
         owned tier may be kept. ``write_rule``: which blocks are written down to here, every one by default;
-        ``admission``: which blocks come in at all, also up from below."""
+        ``admission``: which blocks come in at all, also up from below. ``quota``: bytes that the blocks of one tenant
+        may take of an owned tier; a tenant who needs more evicts its own."""
         self.name = name
         self.store = store
         self.codec = codec
         self.trusted = trusted
         self.ttl = ttl
+        self.quota = quota
         self._write_rule = write_rule
         self._admission = admission
         self._make_policy = policy
@@ -64,15 +78,19 @@ class Tier:
 
     def _start(self) -> None:
         self.breaker = Breaker(self.name, self._observer)
+        self.writing = Breaker(f"{self.name} (writes)", self._observer)
         self._lock = threading.Lock()
         self._nbytes: dict[BlockKey, int] = {}  # the ledger: what the policies were told is resident
-        self._policies: dict[int, EvictionPolicy] = {}  # one for each priority, made when needed
-        self._priority: dict[BlockKey, int] = {}  # of those that have another one than 0
+        self._policies: dict[_Group, EvictionPolicy] = {}  # one for each group, made when needed
+        self._group: dict[BlockKey, _Group] = {}  # of those that are in another one than _COMMON
+        self._spent: Counter[bytes | None] = Counter()  # bytes of each tenant, with a quota only
+        self._unlabelled: list[BlockKey] = []  # whose tenant is not known yet, with a quota only
         self._born: dict[BlockKey, float] = {}  # with a ttl only; oldest first
         self._pins: Counter[BlockKey] = Counter()
         self._hidden: set[BlockKey] = set()  # are there, but of no use to this process
         if self.owned:
             self.store.attach(self)
+            self._label()
             if self.ttl is not None:
                 stamps = self.store.stamps()
                 born = {key: stamps.get(key, now) for key, now in self._born.items()}
@@ -84,7 +102,9 @@ class Tier:
         access = Access(self._clock())
         with self._lock:
             for key, nbytes in items:
-                self._insert(key, nbytes, access)
+                self._insert(key, nbytes, access, None)
+            if self.quota is not None:
+                self._unlabelled += [key for key, _ in items]
 
     def lost(self, keys: Sequence[BlockKey]) -> None:
         with self._lock:
@@ -140,7 +160,7 @@ class Tier:
         with self._lock:
             for key, access in accesses:
                 if key in self._nbytes:
-                    self._policies[self._priority.get(key, 0)].touch(key, access)
+                    self._policies[self._group.get(key, _COMMON)].touch(key, access)
 
     @property
     def has_rule(self) -> bool:
@@ -161,12 +181,12 @@ class Tier:
         with self._lock:
             return self._write_rule is None or self._write_rule.wants(key, access)
 
-    def admits(self, key: BlockKey, nbytes: int, access: Access) -> bool:
+    def admits(self, key: BlockKey, nbytes: int, access: Access, tenant: bytes) -> bool:
         """Is the block worth its room?"""
         with self._lock:
             if self._admission is not None and not self._admission.wants(key, access):
                 return False
-            return not self.owned or self._policy_of(access.priority).admit(key, nbytes, access)
+            return not self.owned or self._policy_of(self._group_of(access, tenant)).admit(key, nbytes, access)
 
     def put_many(self, items: Sequence[Item], accesses: Sequence[Access], *, pin: bool = False) -> int:
         """Store from the front, evicting as needed; how many are stored. The rest is dropped, and counted.
@@ -174,15 +194,18 @@ class Tier:
         ``pin``: with one pin on each stored key, taken before anybody could evict it.
         """
         done = 0
-        pinned = [key for key, _ in items]
+        whole, pinned = items, [key for key, _ in items]
         self.pin(pinned)  # a block must not evict its own neighbours
         cause = "unavailable"
         try:
-            while done < len(items) and self.breaker.closed:
+            if self.quota is not None and self.breaker.closed:
+                items = items[: self._within_quota(items)]
+                cause = "quota" if len(items) < len(whole) else cause
+            while done < len(items) and self.breaker.closed and self.writing.closed:
                 stored = self.store.put_many(items[done:])
                 with self._lock:
                     for (key, parts), access in zip(items[done : done + stored], accesses[done:], strict=False):
-                        self._insert(key, sum(memoryview(part).nbytes for part in parts), access)
+                        self._insert(key, nbytes_of(parts), access, frame.tenant_of(parts[0]))
                 done += stored
                 if done < len(items) and not self._evict(sum(memoryview(part).nbytes for part in items[done][1])):
                     cause = "full"
@@ -190,14 +213,14 @@ class Tier:
         except (ValueTooLargeError, StoreFullError):
             cause = "too large"
         except StoreError as error:
-            self.breaker.failed("a write", error)
+            (self.writing if error.cause in WRITES_ONLY else self.breaker).failed("a write", error)
             cause = error.cause
         finally:
             self.unpin(pinned[done:] if pin else pinned)
         nbytes = sum(memoryview(part).nbytes for _, parts in items[:done] for part in parts)
         self._observer.event("put", done, nbytes=nbytes, tier=self.name)
-        if done < len(items):
-            self._observer.event("dropped", len(items) - done, tier=self.name, cause=cause)
+        if done < len(whole):
+            self._observer.event("dropped", len(whole) - done, tier=self.name, cause=cause)
         return done
 
     def delete(self, key: BlockKey) -> bool:
@@ -223,6 +246,7 @@ class Tier:
     def maintain(self) -> None:
         """From the background, about once a second: probe what failed, delete what is too old, keep house."""
         self.breaker.probe(self.store.ping)
+        self.writing.probe(lambda: None)  # the next write is the probe
         if self.ttl is not None:
             oldest = self._clock() - self.ttl
             with self._lock:
@@ -230,18 +254,63 @@ class Tier:
             for key in expired:
                 if self.delete(key):
                     self._observer.event("evict", tier=self.name, cause="expired")
+        self._label()
         self.store.maintain()
 
     def after_fork(self) -> None:
         self.store.after_fork()
         self._start()
 
-    def _evict(self, nbytes: int) -> bool:
-        """Evict until at least ``nbytes`` have gone; was anything evicted?"""
+    def _within_quota(self, items: Sequence[Item]) -> int:
+        """How many of ``items``, from the front, their tenants may store; they evict their own for it."""
+        assert self.quota is not None
+        coming: Counter[bytes | None] = Counter()
+        for at, (key, parts) in enumerate(items):
+            if key in self._nbytes:
+                continue
+            tenant = frame.tenant_of(parts[0])
+            coming[tenant] += nbytes_of(parts)
+            over = self._spent[tenant] + coming[tenant] - self.quota
+            if over > 0 and self._evict(over, tenant) < over:
+                return at
+        return len(items)
+
+    def _label(self) -> None:
+        """With a quota: find out whose the blocks are that came with the medium, or from another process."""
+        with self._lock:
+            keys, self._unlabelled = self._unlabelled, []
+        if not keys:
+            return
+        try:
+            heads = self.store.heads(keys, frame.HEADER_NBYTES)
+        except StoreError as error:
+            self.breaker.failed("a read", error)
+            return
+        access, tenants = Access(self._clock()), set()
+        with self._lock:
+            for key, head in zip(keys, heads, strict=True):
+                nbytes, (priority, before) = self._nbytes.get(key), self._group.get(key, _COMMON)
+                if nbytes is None or head is None or before is not None:
+                    continue
+                tenant = frame.tenant_of(head)
+                self._policies[priority, before].remove(key, evicted=False)
+                self._policy_of((priority, tenant)).insert(key, nbytes, access)
+                self._group[key] = (priority, tenant)
+                self._spent[before] -= nbytes
+                self._spent[tenant] += nbytes
+                tenants.add(tenant)
+        try:
+            for tenant in tenants:
+                self._evict(self._spent[tenant] - (self.quota or 0), tenant)
+        except StoreError as error:
+            self.breaker.failed("a deletion", error)
+
+    def _evict(self, nbytes: int, *tenant: bytes) -> int:
+        """Evict until at least ``nbytes`` have gone, if given only of one tenant; how many did."""
         gone = 0
         while gone < nbytes:
             with self._lock:
-                victim = self._victim()
+                victim = self._victim(*tenant)
                 if victim is None:
                     break
                 size = self._nbytes[victim]
@@ -249,33 +318,46 @@ class Tier:
             self.store.delete(victim)
             gone += max(size, 1)
             self._observer.event("evict", nbytes=size, tier=self.name)
-        return gone > 0
+        return gone
 
-    def _victim(self) -> BlockKey | None:
-        for priority in sorted(self._policies):
-            victim = self._policies[priority].victim(lambda key: key not in self._pins)
+    def _victim(self, *tenant: bytes) -> BlockKey | None:
+        """The lowest priority first, and of one priority the tenant who has most."""
+        groups = [group for group in self._policies if not tenant or group[1] in tenant]
+        for group in sorted(groups, key=lambda group: (group[0], -self._spent[group[1]])):
+            victim = self._policies[group].victim(lambda key: key not in self._pins)
             if victim is not None:
                 return victim
         return None
 
-    def _policy_of(self, priority: int) -> EvictionPolicy:
-        policy = self._policies.get(priority)
+    def _policy_of(self, group: _Group) -> EvictionPolicy:
+        policy = self._policies.get(group)
         if policy is None:
             assert self._make_policy is not None
-            policy = self._policies[priority] = self._make_policy(self.store.capacity or 0)
+            policy = self._policies[group] = self._make_policy(self.store.capacity or 0)
         return policy
 
-    def _insert(self, key: BlockKey, nbytes: int, access: Access) -> None:
+    def _group_of(self, access: Access, tenant: bytes | None) -> _Group:
+        return access.priority, None if self.quota is None else tenant
+
+    def _insert(self, key: BlockKey, nbytes: int, access: Access, tenant: bytes | None) -> None:
+        """``tenant``: None while it is not known."""
         if self.owned and key not in self._nbytes:
-            self._policy_of(access.priority).insert(key, nbytes, access)
+            group = self._group_of(access, tenant)
+            self._policy_of(group).insert(key, nbytes, access)
             self._nbytes[key] = nbytes
-            if access.priority:
-                self._priority[key] = access.priority
+            if group != _COMMON:
+                self._group[key] = group
+            if self.quota is not None:
+                self._spent[group[1]] += nbytes
             if self.ttl is not None:
                 self._born[key] = self._clock()
 
     def _remove(self, key: BlockKey, *, evicted: bool) -> None:
         self._hidden.discard(key)
-        if self._nbytes.pop(key, None) is not None:
-            self._policies[self._priority.pop(key, 0)].remove(key, evicted=evicted)
+        nbytes = self._nbytes.pop(key, None)
+        if nbytes is not None:
+            group = self._group.pop(key, _COMMON)
+            self._policies[group].remove(key, evicted=evicted)
+            if self.quota is not None:
+                self._spent[group[1]] -= nbytes
             self._born.pop(key, None)

@@ -48,13 +48,14 @@ CodecLookup = Callable[[str], Codec]
 class _Write:
     """One block on its way to tier ``target`` from tier ``source``, where it is pinned."""
 
-    __slots__ = ("access", "key", "layout", "nbytes", "source", "target")
+    __slots__ = ("access", "key", "layout", "nbytes", "source", "target", "tenant")
 
     def __init__(
         self, key: BlockKey, layout: KVLayout, nbytes: int, source: Tier, target: Tier, access: Access
     ) -> None:
         self.key, self.layout, self.nbytes = key, layout, nbytes
         self.source, self.target, self.access = source, target, access
+        self.tenant = layout.identity.tenant
 
 
 class _Span(NamedTuple):
@@ -135,7 +136,7 @@ class TieredStore:
 
     def _start(self) -> None:
         for tier in self.tiers:
-            tier.breaker.on_open = self.start  # somebody has to probe it
+            tier.breaker.on_open = tier.writing.on_open = self.start  # somebody has to probe it
         self._maintain_at = 0.0
         self._pool = BufferPool()
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="kvkeep-read")  # makes threads when needed
@@ -332,8 +333,8 @@ class TieredStore:
         for tier in self.tiers:
             tier.seen([key for key, _ in items], accesses)
         if not lower:
-            asked = zip(items, accesses, strict=True)
-            wanted = list(takewhile(lambda one: first.admits(one[0][0], nbytes_of(one[0][1]), one[1]), asked))
+            asked, tenant = zip(items, accesses, strict=True), layout.identity.tenant
+            wanted = list(takewhile(lambda one: first.admits(one[0][0], nbytes_of(one[0][1]), one[1], tenant), asked))
             items = [item for item, _ in wanted]
         if first.codec.name != "raw":
             items = [
@@ -374,7 +375,8 @@ class TieredStore:
     def _encode(self, key: BlockKey, payload: Buffer, layout: KVLayout, codec: Codec, access: Access) -> list[Buffer]:
         """An unsealed frame in ``codec``."""
         stored = _encoded(codec, payload, layout, access)
-        head = frame.pack(key, layout.fingerprint, codec.name, memoryview(stored).nbytes, layout.block_nbytes)
+        size, tenant = memoryview(stored).nbytes, layout.identity.tenant
+        head = frame.pack(key, layout.fingerprint, codec.name, size, layout.block_nbytes, tenant=tenant)
         return [bytes(head), stored]
 
     def promote(self, keys: Sequence[BlockKey], places: Sequence[Tier], layout: KVLayout, now: float) -> None:
@@ -467,7 +469,7 @@ class TieredStore:
         source, target = batch[0].source, batch[0].target
         known = target.contains_many([write.key for write in batch])
         new = [write for write, there in zip(batch, known, strict=True) if not there]
-        batch = [write for write in new if target.admits(write.key, write.nbytes, write.access)]
+        batch = [write for write in new if target.admits(write.key, write.nbytes, write.access, write.tenant)]
         if len(batch) < len(new):
             self._observer.event("dropped", len(new) - len(batch), tier=target.name, cause="not worth it")
         if not batch:

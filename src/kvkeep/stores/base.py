@@ -107,6 +107,11 @@ class Store(ABC):
                 return done
         return len(items)
 
+    def heads(self, keys: Sequence[BlockKey], nbytes: int) -> list[bytes | None]:
+        """The first ``nbytes`` of each value, or all of a shorter one."""
+        with self.read(keys) as values:
+            return [None if value is None else bytes(value[:nbytes]) for value in values]
+
     def prefetch(self, keys: Sequence[BlockKey]) -> None:  # noqa: B027  # a hint: most media ignore it
         """A hint that these will be read soon, in this order. Returns at once."""
 

@@ -173,7 +173,8 @@ class DiskStore(Store):
             return None if value is None else bytes(value)
 
     @contextmanager
-    def read(self, keys: Sequence[BlockKey]) -> Iterator[list[memoryview | None]]:
+    def _holding(self, keys: Sequence[BlockKey]) -> Iterator[list[Location | None]]:
+        """Where the values lie. Until the block ends, nobody in this process reuses their room or closes the files."""
         with self._lock:
             self._check_open()
             places = [self._own.get(key) or self._foreign.get(key) for key in keys]
@@ -185,16 +186,31 @@ class DiskStore(Store):
                     place[0].busy += 1
                     self._reading[place[0].number, place[1]] += 1
         try:
-            total = sum(_pages(place[2]) * PAGE for place in places if place is not None)
-            with self._pool.borrow(total) as buffer:
-                yield _read_places(places, buffer)
-        except OSError as error:
-            raise StoreError(f"reading {self.path}: {error}") from error
+            yield places
         finally:
             with self._lock:
                 for place in places:
                     if place is not None:
                         self._read_done(place)
+
+    @contextmanager
+    def read(self, keys: Sequence[BlockKey]) -> Iterator[list[memoryview | None]]:
+        try:
+            with self._holding(keys) as places:
+                total = sum(_pages(place[2]) * PAGE for place in places if place is not None)
+                with self._pool.borrow(total) as buffer:
+                    yield _read_places(places, buffer)
+        except OSError as error:
+            raise StoreError(f"reading {self.path}: {error}") from error
+
+    def heads(self, keys: Sequence[BlockKey], nbytes: int) -> list[bytes | None]:
+        try:
+            with self._holding(keys) as places:
+                return [
+                    None if at is None else os.pread(at[0].data_fd, min(nbytes, at[2]), at[1] * PAGE) for at in places
+                ]
+        except OSError as error:
+            raise StoreError(f"reading {self.path}: {error}") from error
 
     def prefetch(self, keys: Sequence[BlockKey]) -> None:
         with self._lock:
