@@ -308,7 +308,10 @@ def _describe(dtype: np.dtype[Any]) -> Node:
         base, shape = dtype.subdtype
         return ["sub", _describe(base), list(shape)]
     if dtype.fields is not None and dtype.names is not None:
-        fields = [[name, _describe(dtype.fields[name][0]), dtype.fields[name][1]] for name in dtype.names]
+        fields = []
+        for name in dtype.names:
+            form, offset, *title = dtype.fields[name]
+            fields.append([name, _describe(form), offset, *title])
         return ["rec", dtype.itemsize, dtype.isalignedstruct, *fields]
     return dtype.str
 
@@ -324,9 +327,13 @@ def dtype_of(node: Node) -> np.dtype[Any]:
         dtype = np.dtype((dtype_of(node[1]), tuple(node[2])))
     elif node[0] == "rec":
         _, itemsize, aligned, *fields = node
-        names = [name for name, _, _ in fields]
-        formats = [dtype_of(form) for _, form, _ in fields]
-        layout = {"names": names, "formats": formats, "offsets": [at for _, _, at in fields], "itemsize": itemsize}
+        layout = {
+            "names": [field[0] for field in fields],
+            "formats": [dtype_of(field[1]) for field in fields],
+            "offsets": [field[2] for field in fields],
+            "titles": [field[3] if len(field) > 3 else None for field in fields],
+            "itemsize": itemsize,
+        }
         dtype = np.dtype(layout, align=bool(aligned))  # type: ignore[call-overload]
     else:
         raise FormError(f"type {node!r}")

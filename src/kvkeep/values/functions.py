@@ -2,9 +2,10 @@
 
 Its module and name, its code, its defaults, what it has closed over, and the globals that its code names: data by
 content at each call; functions and classes of the same package, or of no versioned one, by their own code; modules
-without a version by their file; everything else by name and version. What cannot be told apart by content (a model, an
-open file) is refused, unless the caller vouches for it with a ``version``, which then stands in its place. A method's
-``self`` is an argument like others, and as an object it is refused.
+without a version by their file; everything else by name and version. Left out is what its code visibly writes to, such
+as a counter of its calls, and loggers, locks and caches. What cannot be told apart by content (a model, an open file)
+is refused, unless the caller vouches for it with a ``version``, which then stands in its place. A method's ``self`` is
+an argument like others, and as an object it is refused.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from __future__ import annotations
 import dis
 import hashlib
 import inspect
+import logging
+import re
 import sys
 import types
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,9 +26,19 @@ from typing import Any
 import xxhash
 
 from kvkeep.buffers import Buffer
+from kvkeep.values.face import ValueFace
 from kvkeep.values.form import pack
 
 Read = Callable[[], Any]
+
+OURS = ("kvkeep.values.face",)
+IGNORED = (logging.Logger, logging.LoggerAdapter, ValueFace)
+CONTAINERS = (list, dict, set, bytearray, deque)
+WRITES = frozenset(
+    ("add", "append", "appendleft", "clear", "discard", "extend", "extendleft", "insert", "pop", "popitem", "popleft",
+     "remove", "reverse", "setdefault", "sort", "subtract", "update")
+)  # fmt: skip
+"""Methods that change a container; those of the same name of other types may change nothing."""
 LARGE_NBYTES = 4096
 
 
@@ -42,10 +56,8 @@ class Identity:
         self.name = f"{_module_of(function)}.{_name_of(function)}"
         self._version = version
         self._trusted = trusted
-        try:
-            self._signature: inspect.Signature | None = inspect.signature(function)
-        except ValueError:  # a built-in without one
-            self._signature = None
+        plain = isinstance(function, types.FunctionType)  # others have defaults that are no values
+        self._signature = inspect.signature(function) if plain else None
         self._parts: _Parts | None = None
 
     def key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, bytes]:
@@ -94,6 +106,11 @@ class _Parts:
         if id(function) in self._seen:
             return
         self._seen.add(id(function))
+        wrapped = getattr(function, "__wrapped__", None)
+        if wrapped is not None:
+            self._value("wrapped", partial(_same, wrapped))
+            if not isinstance(function, types.FunctionType) or function.__globals__.get("__name__") in OURS:
+                return
         if isinstance(function, partial):
             self._say("partial")
             for value in (function.func, *function.args):
@@ -107,17 +124,21 @@ class _Parts:
             module = _module_of(function)
             self._say("named", module, _name_of(function), _version_of(module))
             return
-        wrapped = getattr(function, "__wrapped__", None)
-        if wrapped is not None:
-            self._value("wrapped", partial(_same, wrapped))
         code = function.__code__
+        bound, changed = _written(code)
+
+        def reads(name: str, value: Any) -> bool:
+            return name not in bound and not (name in changed and isinstance(value, CONTAINERS))
+
         self._say("code", _code(code))
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self._value("default", partial(_same, value))
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            self._value(name, partial(_cell, cell))
+            if reads(name, _cell(cell)):
+                self._value(name, partial(_cell, cell))
         for name in sorted(_globals_of(code)):
-            self._value(name, partial(function.__globals__.get, name))
+            if reads(name, function.__globals__.get(name)):
+                self._value(name, partial(function.__globals__.get, name))
 
     def _value(self, name: str, read: Read) -> None:
         value = read()
@@ -128,7 +149,12 @@ class _Parts:
         elif isinstance(value, type):
             self._fixed.append((read, value, None))
             self._class(value)
-        elif isinstance(value, (types.FunctionType, types.BuiltinFunctionType, partial)) or _is_numpys(value):
+        elif isinstance(value, IGNORED) or (type(value).__module__ == "_thread"):
+            return
+        elif isinstance(value, re.Pattern):
+            self._fixed.append((read, value, None))
+            self._say("pattern", repr(value.pattern), str(value.flags))
+        elif _is_function(value):
             self._fixed.append((read, value, getattr(value, "__code__", None)))
             module = _module_of(value)
             if isinstance(value, types.FunctionType) and self._theirs(module):
@@ -208,6 +234,31 @@ def _same(value: Any) -> Any:
     return value
 
 
+def _written(code: types.CodeType) -> tuple[set[str], set[str]]:
+    """Names outside the function that its code binds (``global``, ``nonlocal``), and those whose container it changes
+    by a method, as in ``calls.append(1)``, or by an index, as in ``count["calls"] += 1``."""
+    loads = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF")
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "PUSH_NULL", "PRECALL")]
+    ops = [step.opname for step in steps]
+    bound = {step.argval for step in steps if step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")}
+    bound |= {step.argval for step in steps if step.opname == "STORE_DEREF" and step.argval in code.co_freevars}
+    changed = set()
+    for at, step in enumerate(steps[:-2]):
+        if step.opname in loads:
+            by_method = ops[at + 1] in ("LOAD_METHOD", "LOAD_ATTR") and steps[at + 1].argval in WRITES
+            by_index = ops[at + 1].startswith("LOAD_") and (
+                ops[at + 2] in ("STORE_SUBSCR", "DELETE_SUBSCR") or ops[at + 2 : at + 4] == ["COPY", "COPY"]
+            )
+            if by_method or by_index:
+                changed.add(step.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            inner_bound, inner_changed = _written(constant)
+            bound |= inner_bound - set(code.co_cellvars)
+            changed |= inner_changed - set(code.co_cellvars)
+    return bound, changed
+
+
 def _cell(cell: Any) -> Any:
     try:
         return cell.cell_contents
@@ -215,8 +266,10 @@ def _cell(cell: Any) -> Any:
         return None
 
 
-def _is_numpys(value: Any) -> bool:
-    return callable(value) and type(value).__module__.split(".")[0] == "numpy"
+def _is_function(value: Any) -> bool:
+    return isinstance(value, (types.FunctionType, types.BuiltinFunctionType, partial)) or (
+        callable(value) and (hasattr(value, "__wrapped__") or type(value).__module__.split(".")[0] == "numpy")
+    )
 
 
 def _module_of(value: Any) -> str:

@@ -314,9 +314,10 @@ class Values:
         if nbytes > MAX_PAYLOAD_NBYTES:
             self._observer.event("dropped", nbytes=nbytes, cause="too large")
             return False
-        last = self._tiers.tiers[-1]
-        if last.contains_many([key])[0]:
+        there = [tier.contains_many([key])[0] for tier in self._tiers.tiers]
+        if there[-1]:
             self._observer.event("value_shared", nbytes=nbytes)
+        if all(there):
             return True
         with self._pool.borrow(nbytes) as room:
             at = 0

@@ -1,0 +1,278 @@
+"""memoize: what changes a result changes the key; what cannot be told apart is refused."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import kvkeep
+from kvkeep.cache import KVCache
+from kvkeep.values.functions import Identity
+
+W = np.eye(3)
+SCALE = 2
+
+
+def helper(x: Any) -> Any:
+    return x + 1
+
+
+class Model:
+    def __call__(self, x: Any) -> Any:
+        return x
+
+
+MODEL = Model()
+
+
+@pytest.fixture
+def cache() -> Iterator[KVCache]:
+    with kvkeep.open(memory="16MiB") as cache:
+        yield cache
+
+
+def made(source: str, name: str = "f", **space: Any) -> Any:
+    """A function from source, in a module of its own."""
+    module = types.ModuleType("made")
+    module.__dict__.update(space)
+    exec(textwrap.dedent(source), module.__dict__)
+    return module.__dict__[name]
+
+
+def key(function: Any, *args: Any, **kwargs: Any) -> Any:
+    return Identity(function).key(args, kwargs)
+
+
+def test_a_hit_does_not_compute_and_is_the_callers_own(cache: KVCache) -> None:
+    calls = []
+
+    @cache.memoize
+    def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        calls.append(1)
+        return a @ b
+
+    a, b = np.arange(6.0).reshape(2, 3), np.ones((3, 2))
+    first = product(a, b)
+    first[:] = 0
+    assert np.array_equal(product(a, b), a @ b)
+    assert np.array_equal(product(a.copy(), b=b), a @ b)
+    assert len(calls) == 1
+    product(a + 1, b)
+    product(a.astype("float32"), b)
+    product(np.asfortranarray(a), b)
+    assert len(calls) == 4
+    assert product.__name__ == "product"
+    assert "product" in product.key(a, b)[0]
+
+
+def test_arguments_by_name_position_and_default_are_the_same() -> None:
+    def f(a: int, b: int = 2, *rest: int, c: int = 3, **more: int) -> None: ...
+
+    assert key(f, 1) == key(f, a=1) == key(f, 1, 2) == key(f, 1, b=2, c=3)
+    assert key(f, 1, x=1, y=2) == key(f, 1, y=2, x=1)
+    different = [
+        key(f, 1),
+        key(f, 2),
+        key(f, 1, 3),
+        key(f, 1, 2, 3),
+        key(f, 1, c=4),
+        key(f, 1, x=1),
+        key(f, 1.0),
+        key(f, True),
+    ]
+    assert len(set(different)) == len(different)
+    with pytest.raises(TypeError):
+        key(f)
+    with pytest.raises(TypeError, match="cannot be kept"):
+        key(f, object())
+
+
+def test_code_defaults_and_names_are_part_of_the_identity() -> None:
+    sources = [
+        "def f(x): return x + 1",
+        "def f(x): return x + 2",
+        "def f(x): return x - 1",
+        "def f(x, y=1): return x + 1",
+        "def f(x):\n    def g(): return 1\n    return x + g()",
+        "def f(x):\n    def g(): return 2\n    return x + g()",
+        "def f(x): return x in {1, 2, 3}",
+        "def f(x): return x in {1, 2, 4}",
+    ]
+    keys = [key(made(source), 1) for source in sources]
+    assert len(set(keys)) == len(keys)
+    assert key(made("\n\n\n" + sources[0]), 1) == keys[0], "where it stands does not matter"
+    assert key(made(sources[0].replace("f(", "g("), "g"), 1) != keys[0]
+
+
+def test_the_version_is_part_of_the_identity() -> None:
+    versions = [Identity(helper, version=version).key((1,), {}) for version in (None, "1", "2")]
+    assert len(set(versions)) == 3
+
+
+def test_data_that_a_function_uses_is_read_at_each_call(cache: KVCache) -> None:
+    weights = np.ones(3)
+    function = made("def f(x): return (x * W).sum() * S", W=np.ones(3), S=2)
+    function = cache.memoize(function)
+    space = function.__wrapped__.__globals__
+    assert function(1.0) == 6
+    space["W"][0] = 5
+    assert function(1.0) == 14
+    space["S"] = 3
+    assert function(1.0) == 21
+
+    @cache.memoize
+    def closed(x: float) -> float:
+        return float((x * weights).sum())
+
+    assert closed(1.0) == 3
+    weights[0] = 3
+    assert closed(1.0) == 5
+    weights = np.zeros(3)
+    assert closed(1.0) == 0
+
+
+def test_methods_that_only_sound_like_changes(cache: KVCache) -> None:
+    index = pd.Index([1, 2])
+    function = cache.memoize(made("def f(x): return INDEX.append(x)", INDEX=index))
+    assert list(function(index)) == [1, 2, 1, 2]
+    function.__wrapped__.__globals__["INDEX"] = pd.Index([5])
+    assert list(function(index)) == [5, 1, 2]
+
+
+def test_functions_that_a_function_uses(cache: KVCache) -> None:
+    function = made("def f(x): return g(x)", g=made("def g(x): return x + 1", "g"))
+    memoized = cache.memoize(function)
+    assert memoized(1) == 2
+    function.__globals__["g"] = made("def g(x): return x + 2", "g")
+    assert memoized(1) == 3, "another function under the same name"
+    function.__globals__["g"] = made("def g(x): return h(x)", "g", h=made("def h(x): return x * 10", "h"))
+    assert memoized(1) == 10
+    function.__globals__["g"].__globals__["h"] = made("def h(x): return x * 20", "h")
+    assert memoized(1) == 20, "two steps away"
+    del function.__globals__["g"]
+    with pytest.raises(NameError):
+        memoized(2)
+
+
+def test_a_name_that_is_defined_later(cache: KVCache) -> None:
+    function = made("def f(x): return x + LATER")
+    memoized = cache.memoize(function)
+    for later in (1, 2):
+        function.__globals__["LATER"] = later
+        assert memoized(1) == 1 + later
+
+
+def test_classes_of_ones_own(cache: KVCache) -> None:
+    source = "class C:\n    def m(self, x): return x {}\ndef f(x): return C().m(x)"
+    one, two = (key(made(source.format(change)), 1) for change in ("+ 1", "+ 2"))
+    assert one != two
+
+
+def test_recursion_and_partial_and_builtins(cache: KVCache) -> None:
+    factorial = made("def f(n): return 1 if n < 2 else n * f(n - 1)")
+    assert cache.memoize(factorial)(5) == 120
+    assert cache.memoize(functools.partial(np.full, 3, fill_value=2))().tolist() == [2, 2, 2]
+    assert key(functools.partial(pow, 2), 3) != key(functools.partial(pow, 3), 3)
+    assert cache.memoize(np.matmul)(W, W).tolist() == W.tolist()
+    assert cache.memoize(max)(3, 4) == 4
+
+
+def test_what_cannot_be_told_apart_needs_a_version(cache: KVCache) -> None:
+    function = made("def f(x): return MODEL(x)", MODEL=MODEL)
+    with pytest.raises(TypeError, match=r"'MODEL'.*memoize\(version="):
+        cache.memoize(function)(1)
+    vouched = cache.memoize(version="model 1")(function)
+    assert vouched(1) == 1
+    with pytest.raises(TypeError, match="belongs to an object"):
+        cache.memoize(MODEL.__call__)(1)
+
+
+COUNTERS = {
+    "a global": "def f(x):\n    global N\n    N += 1\n    return x",
+    "a list": "def f(x):\n    L.append(x)\n    return x",
+    "an item": "def f(x):\n    D['n'] += 1\n    return x",
+    "a set": "def f(x):\n    D['n'] = 3\n    S.add(x)\n    return x",
+    "a function inside": "def f(x):\n    def g():\n        L.append(x)\n        return x\n    return g()",
+    "a nonlocal": (
+        "def make():\n    n = 0\n    def f(x):\n        nonlocal n\n        n += 1\n        return x\n"
+        "    return f\nf = make()"
+    ),
+    "a logger and a lock": "def f(x):\n    with LOCK:\n        LOG.debug(x)\n    return x",
+    "a cache": "def f(x):\n    return CACHE.get_value(x, x)",
+    "a pattern": "def f(x):\n    return P.sub('', str(x))",
+    "a cached function": "def f(x):\n    return OTHER(x)",
+    "a function with a cache of its own": "def f(x):\n    return LRU(x)",
+}
+
+
+@pytest.mark.parametrize("kind", COUNTERS)
+def test_what_a_function_writes_to_is_not_what_it_depends_on(cache: KVCache, kind: str) -> None:
+    space = {
+        "N": 0, "L": [], "D": {"n": 0}, "S": set(), "LOCK": threading.RLock(), "LOG": logging.getLogger("test"),
+        "CACHE": cache, "P": re.compile("a"), "OTHER": cache.memoize(helper), "LRU": functools.lru_cache(helper),
+    }  # fmt: skip
+    function = cache.memoize(made(COUNTERS[kind], **space))
+    key_before = function.key(1)
+    result = function(1)
+    assert function.key(1) == key_before
+    assert function(1) == result
+    assert cache.counters.count("value_set") <= 2
+
+
+def test_attributes_that_are_called_like_globals_do_no_harm(cache: KVCache) -> None:
+    function = made("def f(x): return x.MODEL", MODEL=MODEL)
+    with pytest.raises(AttributeError):
+        cache.memoize(function)(1)
+
+
+def test_promises_are_refused(cache: KVCache) -> None:
+    async def coroutine() -> None: ...
+
+    def generator() -> Iterator[int]:
+        yield 1
+
+    for function in (coroutine, generator):
+        with pytest.raises(TypeError, match="promise"):
+            cache.memoize(function)
+    with pytest.raises(TypeError, match="no function"):
+        cache.memoize(3)
+
+
+def test_trusted_arguments_are_hashed_faster_and_apart(cache: KVCache) -> None:
+    big = np.zeros(100_000)
+    careful, fast = Identity(helper), Identity(helper, trusted=True)
+    assert fast.key((big,), {}) == fast.key((big.copy(),), {})
+    assert careful.key((big,), {}) != fast.key((big,), {})
+    other = big.copy()
+    other[-1] = 1
+    assert fast.key((other,), {}) != fast.key((big,), {})
+
+
+def test_keys_are_the_same_in_every_process() -> None:
+    program = (
+        "import sys; sys.path[:0] = sys.argv[1:2]\n"
+        "from values.test_functions import key, helper, made, W\n"
+        "print(key(made('def f(x): return x in {\"a\", \"b\", \"c\"}'), W)[1].hex(), key(helper, {'a', 'b'})[1].hex())"
+    )
+    folder = str(Path(__file__).parent.parent)
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", program, folder], capture_output=True, text=True, check=True,
+            env={"PYTHONHASHSEED": seed, "PATH": "/usr/bin:/bin"},
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert len(found) == 1

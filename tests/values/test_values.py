@@ -1,0 +1,562 @@
+"""The key-value face of a cache, in memory, in a directory and over real servers."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import kvkeep
+from kvkeep.cache import KVCache
+from kvkeep.keys import BlockKey
+from kvkeep.policies.base import Access
+from kvkeep.stores.redis import RedisStore
+from kvkeep.testing.faults import FaultyStore
+from kvkeep.testing.servers import RedisServer, wait_for
+from kvkeep.values.entry import Entry, encode
+from kvkeep.values.index import Item
+from kvkeep.values.store import layout_of
+
+PATIENT = "?lookup_timeout=5&load_timeout=5"
+ARRAY = np.random.default_rng(0).standard_normal((300, 40))
+
+
+@pytest.fixture(params=["memory", "directory", "server", "directory and server"])
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., KVCache]]:
+    """Opens caches that share what can be shared."""
+    kind = request.param
+    url = None
+    if "server" in kind:
+        url = request.getfixturevalue("redis_shared").url + PATIENT
+    with contextlib.ExitStack() as stack:
+
+        def make(folder: str = "a", **options: Any) -> KVCache:
+            path = tmp_path / folder if "directory" in kind else None
+            cache = kvkeep.open(path, memory="16MiB", disk="32MiB", remote=url, **options)
+            stack.callback(cache.close)
+            return cache
+
+        make.kind = kind  # type: ignore[attr-defined]
+        yield make
+
+
+@pytest.fixture
+def cache(opened: Callable[..., KVCache]) -> KVCache:
+    return opened()
+
+
+def test_values_come_back(cache: KVCache) -> None:
+    things = {
+        "array": ARRAY,
+        "text": "é" * 500,
+        "small": 1.5,
+        "nothing": None,
+        "bytes": b"x" * 5000,
+        "list": [1, [ARRAY]],
+    }
+    for name, thing in things.items():
+        assert cache.set_value(name, thing)
+    for name, thing in things.items():
+        found = cache.get_value(name, "missing")
+        assert type(found) is type(thing)
+        np.testing.assert_equal(found, thing)
+    frame = pd.DataFrame({"a": [1, 2], "b": ["x", None]})
+    cache.set_value(("frame", 1), frame)
+    pd.testing.assert_frame_equal(cache.get_value(("frame", 1)), frame)
+    assert cache.get_value("frame") is None
+    assert cache.get_value("frame", 7) == 7
+
+
+def test_what_is_got_is_the_callers_own(cache: KVCache) -> None:
+    cache.set_value("a", ARRAY)
+    first = cache.get_value("a")
+    first[:] = 0
+    assert np.array_equal(cache.get_value("a"), ARRAY)
+    kept = ARRAY.copy()
+    cache.set_value("b", kept)
+    kept[:] = 0
+    assert np.array_equal(cache.get_value("b"), ARRAY)
+
+
+def test_a_key_is_its_type_too(cache: KVCache) -> None:
+    keys = ["1", 1, 1.0, True, b"1", ("1",), (1,), None, (), ("1", ("1",))]
+    assert cache.set_values({"x": None}) == 1
+    for at, key in enumerate(keys):
+        cache.set_value(key, at)
+    assert [cache.get_value(key) for key in keys] == list(range(len(keys)))
+    for bad in ([1], {"a": 1}, np.float64(1.0), ARRAY, ("a", [1])):
+        with pytest.raises(TypeError, match="a key is"):
+            cache.get_value(bad)
+
+
+def test_replacing_and_deleting(cache: KVCache) -> None:
+    cache.set_value("a", ARRAY)
+    cache.set_value("a", ARRAY + 1)
+    assert np.array_equal(cache.get_value("a"), ARRAY + 1)
+    assert cache.delete_value("a")
+    assert not cache.delete_value("a")
+    assert cache.get_value("a") is None
+    assert all(tier.usage[0] == 0 for tier in cache.store.tiers), "no bytes are left"
+
+
+def test_many_at_once(cache: KVCache) -> None:
+    matrix = ARRAY[:20, :20]
+    cells = {("C", i, j): float(matrix[i, j]) for i in range(20) for j in range(20)}
+    assert cache.set_values(cells) == 400
+    assert cache.get_values(list(cells)) == list(cells.values())
+    assert cache.get_values([("C", 0, 0), ("C", 99, 0)], "missing") == [matrix[0, 0], "missing"]
+    assert cache.get_values([]) == []
+
+
+def test_a_life_is_exact(cache: KVCache) -> None:
+    cache.set_value("price", 101.5, ttl=0.3)
+    cache.set_value("array", ARRAY, ttl=0.3)
+    cache.set_value("long", 1, ttl=100)
+    start = time.monotonic()
+    while time.monotonic() - start < 0.2:
+        found = cache.get_value("price"), cache.get_value("array") is not None
+        assert time.monotonic() - start > 0.3 or found == (101.5, True)
+    time.sleep(0.15)
+    assert cache.get_value("price") is None
+    assert cache.get_value("array") is None
+    assert cache.get_value("long") == 1
+    for ttl in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="ttl"):
+            cache.set_value("x", 1, ttl=ttl)
+
+
+def test_tags(opened: Callable[..., KVCache]) -> None:
+    cache, other = opened(), opened()
+    seen = cache if opened.kind == "memory" else other  # type: ignore[attr-defined]
+    cache.set_value("a", ARRAY, tags=["prices", "eu"])
+    cache.set_value("b", 2, tags=["prices", "us"])
+    cache.set_value("c", 3)
+    assert seen.get_value("b") == 2
+    assert seen.invalidate("eu")
+    assert cache.get_value("a") is None
+    assert seen.get_value("a") is None
+    assert cache.get_value("b") == 2
+    cache.set_value("a", ARRAY, tags=["prices", "eu"])
+    assert seen.get_value("a") is not None
+    cache.invalidate("prices")
+    assert seen.get_values(["a", "b", "c"]) == [None, None, 3]
+    with pytest.raises(TypeError, match="not one text"):
+        cache.set_value("a", 1, tags="eu")
+
+
+def test_equal_values_are_stored_once(cache: KVCache) -> None:
+    cache.set_value("a", ARRAY)
+    before = [tier.usage for tier in cache.store.tiers]
+    cache.set_value("b", ARRAY.copy())
+    cache.set_value(("c", 1), ARRAY)
+    cache.set_value("d", ARRAY + 1)
+    cache.delete_value("d")
+    assert [tier.usage for tier in cache.store.tiers] == before
+    assert sorted(cache.keys_of(ARRAY), key=str) == [("c", 1), "a", "b"]
+    assert cache.keys_of(ARRAY + 1) == []
+    assert cache.counters.count("value_shared") == 2
+    assert cache.counters.nbytes("value_shared") >= 2 * ARRAY.nbytes
+    cache.delete_value("a")
+    assert sorted(cache.keys_of(ARRAY), key=str) == [("c", 1), "b"]
+    assert np.array_equal(cache.get_value("b"), ARRAY)
+    cache.set_value("b", 1)
+    cache.delete_value(("c", 1))
+    assert cache.keys_of(ARRAY) == []
+    assert cache.keys_of(1) == ["b"]
+
+
+def test_tenants_share_nothing(opened: Callable[..., KVCache]) -> None:
+    mine, yours = opened(namespace=b"mine"), opened(namespace=b"yours")
+    mine.set_value("a", ARRAY)
+    assert yours.get_value("a") is None
+    assert yours.keys_of(ARRAY) == []
+    yours.set_value("a", ARRAY)
+    assert yours.counters.count("value_shared") == 0
+    yours.invalidate("x")
+    yours.delete_value("a")
+    assert np.array_equal(mine.get_value("a"), ARRAY)
+
+
+def test_a_second_cache_finds_them(opened: Callable[..., KVCache]) -> None:
+    """Another process, another directory: whatever reaches as far as the index does."""
+    if opened.kind == "memory":  # type: ignore[attr-defined]
+        return
+    cache = opened()
+    other = opened("b" if "server" in opened.kind else "a")  # type: ignore[attr-defined]
+    cache.set_value("a", ARRAY)
+    assert np.array_equal(other.get_value("a"), ARRAY)
+    assert other.keys_of(ARRAY) == ["a"]
+    other.set_value("a", 5)
+    assert cache.get_value("a") == 5
+
+
+def test_a_restart_finds_them(opened: Callable[..., KVCache]) -> None:
+    cache = opened()
+    cache.set_value("a", ARRAY, tags=["t"])
+    cache.close()
+    again = opened()
+    if opened.kind == "memory":  # type: ignore[attr-defined]
+        assert again.get_value("a") is None
+    else:
+        assert np.array_equal(again.get_value("a"), ARRAY)
+
+
+def test_an_object_is_an_error_and_nothing_is_set(cache: KVCache) -> None:
+    with pytest.raises(TypeError, match="cannot be kept"):
+        cache.set_values({"good": 1, "bad": object()})
+    assert cache.get_value("good") is None
+
+
+@pytest.mark.parametrize("codec", ["lossless", "int4", "uqz"])
+def test_lossy_codecs_leave_values_alone(tmp_path: Path, codec: str) -> None:
+    with kvkeep.open(tmp_path, memory="8MiB", disk="16MiB", codec=codec) as cache:
+        cache.set_value("a", ARRAY)
+    with kvkeep.open(tmp_path, memory="8MiB", disk="16MiB", codec=codec) as cache:
+        assert np.array_equal(cache.get_value("a"), ARRAY)
+        assert cache.counters.count("load", tier="disk") == 1
+
+
+def test_with_small_memory_values_and_blocks_stay_in_their_room(tmp_path: Path) -> None:
+    with kvkeep.open(tmp_path, memory="1MiB", disk="2MiB") as cache:
+        for number in range(100):
+            cache.set_value(number, np.full(10_000, number))
+        assert sum(tier.usage[1] for tier in cache.store.tiers) <= 3 << 20
+        found = [cache.get_value(number) for number in range(100)]
+        assert all(one is None or np.array_equal(one, np.full(10_000, at)) for at, one in enumerate(found))
+        assert any(one is not None for one in found)
+        assert cache.counters.count("value_miss", cause="lost") > 0
+        assert not cache.set_value("huge", np.zeros(10 << 20, np.uint8))
+        assert cache.get_value("huge") is None
+
+
+# Many that write at once
+
+
+def test_two_writers_never_mix(opened: Callable[..., KVCache]) -> None:
+    caches = [opened(), opened()]
+    stop = time.monotonic() + 1.0
+    failures: list[Any] = []
+
+    def write(at: int) -> None:
+        while time.monotonic() < stop:
+            caches[at % 2].set_value("shared", np.full(3000, at), ttl=50 + at)
+            found = caches[at % 2].get_value("shared")
+            if found is not None and len(set(found.tolist())) != 1:
+                failures.append(found)
+
+    threads = [threading.Thread(target=write, args=(at,)) for at in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+# Hostile and broken media
+
+
+def replace_bytes(cache: KVCache, key: Any, packed: bytes) -> None:
+    """What one who can write everywhere, and knows the namespace, would leave: whole frames and whole entries."""
+    values = cache.values
+    digest = b"d" * 32
+    name = values.name(b"".join(kvkeep_pack(key)))
+    layout = layout_of(len(packed), cache.namespace)
+    assert cache.store.save_now(BlockKey(digest), memoryview(packed), layout, Access(0.0))
+    values.index.set_many([Item(name, encode(name, Entry(digest, len(packed), b"", ())), None, digest, len(packed))])
+
+
+def kvkeep_pack(key: Any) -> list[Any]:
+    from kvkeep.values.form import pack
+
+    return pack(key)
+
+
+@pytest.mark.parametrize("evil", [b"cos\nsystem\n(S'false'\ntR.", b"\x80\x04\x95" + b"x" * 100, bytes(500)])
+def test_stored_bytes_that_are_no_value_are_a_miss(cache: KVCache, evil: bytes) -> None:
+    cache.set_value("a", ARRAY)
+    replace_bytes(cache, "a", evil)
+    assert cache.get_value("a") is None
+    assert cache.counters.count("value_miss", cause="corrupt") == 1
+    assert cache.get_or_compute("a", lambda: 5) == 5
+    assert cache.get_value("a") == 5
+
+
+def test_entries_of_another_name_or_damaged_ones_are_a_miss(cache: KVCache) -> None:
+    cache.set_value("a", 1)
+    cache.set_value("b", 2)
+    index = cache.values.index
+    names = {key: cache.values.name(b"".join(kvkeep_pack(key))) for key in "ab"}
+    (found,) = index.get_many([names["a"]])
+    assert found is not None
+    index.set_many([Item(names["b"], found.body)])
+    assert cache.get_value("b") is None
+    for body in (b"", found.body[:-1], found.body[:50], bytes([found.body[0] ^ 1]) + found.body[1:], b"x" * 1000):
+        index.set_many([Item(names["a"], body)])
+        assert cache.get_value("a") is None
+    assert cache.counters.count("value_miss", cause="corrupt") == 6
+
+
+@pytest.mark.parametrize("fault", ["error", "full", "truncate", "flip", "swap", "lose"])
+def test_a_faulty_disk_costs_hits_and_nothing_else(tmp_path: Path, fault: Any) -> None:
+    with kvkeep.open(tmp_path, memory="4MiB", disk="8MiB") as cache:
+        disk = cache.store.tiers[1]
+        disk.store = FaultyStore(disk.store)
+        disk.store.fail(fault)
+        cache.set_value("a", ARRAY)
+        for key, _ in list(cache.store.tiers[0].store.items()):
+            cache.store.tiers[0].delete(key)
+        found = cache.get_value("a")
+        assert found is None or np.array_equal(found, ARRAY)
+        assert cache.get_or_compute("b", lambda: ARRAY) is ARRAY
+        assert np.array_equal(cache.get_value("b"), ARRAY)
+
+
+def test_a_directory_without_its_index(tmp_path: Path) -> None:
+    """Somebody put a folder where the index should be."""
+    (tmp_path / "values.sqlite").mkdir()
+    with kvkeep.open(tmp_path, memory="4MiB", disk="8MiB") as cache:
+        assert not cache.set_value("a", ARRAY)
+        assert cache.get_value("a") is None
+        assert cache.get_or_compute("a", lambda: 3) == 3
+        assert cache.counters.count("store_error", tier="index") == 1
+
+
+def test_a_server_that_dies_and_comes_back(redis_own: RedisServer) -> None:
+    with kvkeep.open(redis_own.url + "?lookup_timeout=0.3", memory="8MiB") as cache:
+        wait_for(lambda: cache.set_value("a", ARRAY), "the server is not used")
+        redis_own.kill()
+        for _ in range(3):
+            assert cache.get_value("a") is None
+            assert not cache.set_value("b", 1)
+            assert cache.get_or_compute("c", lambda: 3) == 3
+            assert not cache.delete_value("a")
+            assert not cache.invalidate("t")
+            assert cache.keys_of(1) == []
+        begin = time.monotonic()
+        for _ in range(200):
+            cache.get_value("a")
+        assert time.monotonic() - begin < 1.0, "the breaker is open: nobody waits"
+        redis_own.start()
+        wait_for(lambda: cache.set_value("b", 2), "the index does not come back")
+        assert cache.get_value("b") == 2
+
+
+def test_a_frozen_server_does_not_hold_anybody(redis_own: RedisServer) -> None:
+    with kvkeep.open(redis_own.url, memory="8MiB") as cache:
+        wait_for(lambda: cache.set_value("a", ARRAY), "the server is not used")
+        redis_own.freeze()
+        begin = time.monotonic()
+        assert cache.get_or_compute("c", lambda: 3) == 3
+        assert cache.get_value("a") is None
+        assert time.monotonic() - begin < 2.0
+        redis_own.thaw()
+        wait_for(lambda: cache.set_value("b", 2), "the index does not come back")
+
+
+def test_a_server_that_forgets_a_tag_never_revives_what_it_had(redis_shared: RedisServer) -> None:
+    with kvkeep.open(redis_shared.url + PATIENT, memory="8MiB") as cache:
+        cache.set_value("a", 1, tags=["t"])
+        cache.invalidate("t")
+        cache.set_value("b", 2, tags=["t"])
+        (store,) = (tier.store for tier in cache.store.tiers if isinstance(tier.store, RedisStore))
+        for key in redis_shared.call("KEYS", "kvkeep:v:*"):  # what eviction may do
+            if redis_shared.call("STRLEN", key) == 40 + 16:
+                redis_shared.call("DEL", key)
+        assert cache.get_values(["a", "b"]) == [None, None]
+        cache.set_value("c", 3, tags=["t"])
+        assert cache.get_values(["a", "b", "c"]) == [None, None, 3]
+        assert store.prefix == "kvkeep"
+
+
+# Computing
+
+
+def test_get_or_compute(cache: KVCache) -> None:
+    calls = []
+
+    def compute() -> np.ndarray:
+        calls.append(1)
+        return ARRAY
+
+    assert cache.get_or_compute("a", compute) is ARRAY
+    assert np.array_equal(cache.get_or_compute("a", compute), ARRAY)
+    assert len(calls) == 1
+    cache.delete_value("a")
+    cache.get_or_compute("a", compute, ttl=0.1, tags=["t"])
+    cache.invalidate("t")
+    cache.get_or_compute("a", compute, ttl=0.1)
+    time.sleep(0.12)
+    cache.get_or_compute("a", compute, ttl=0.1)
+    assert len(calls) == 4
+
+
+def test_what_is_computed_while_its_tag_is_invalidated_is_stale(cache: KVCache) -> None:
+    cache.get_or_compute("a", lambda: cache.invalidate("t"), tags=["t"])
+    assert cache.get_value("a") is None
+
+
+def test_an_error_is_the_callers_and_the_next_one_computes(cache: KVCache) -> None:
+    with pytest.raises(ZeroDivisionError):
+        cache.get_or_compute("a", lambda: 1 / 0)
+    assert cache.get_or_compute("a", lambda: 1) == 1
+    with pytest.raises(TypeError, match="cannot be kept"):
+        cache.get_or_compute("b", object)
+    assert cache.get_or_compute("b", lambda: 1) == 1
+
+
+def test_threads_compute_once(opened: Callable[..., KVCache]) -> None:
+    caches = [opened()] if opened.kind == "memory" else [opened(), opened()]  # type: ignore[attr-defined]
+    calls: list[int] = []
+    results: list[Any] = []
+
+    def compute() -> np.ndarray:
+        calls.append(1)
+        time.sleep(0.3)
+        return ARRAY
+
+    def ask(at: int) -> None:
+        results.append(caches[at % len(caches)].get_or_compute("a", compute, wait=60))
+
+    threads = [threading.Thread(target=ask, args=(at,)) for at in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    assert len(results) == 8
+    assert all(np.array_equal(result, ARRAY) for result in results)
+    assert len({id(result) for result in results}) == 8, "each has its own"
+
+
+def test_followers_of_a_failure_compute_themselves(cache: KVCache) -> None:
+    calls: list[int] = []
+
+    def compute() -> int:
+        calls.append(1)
+        time.sleep(0.1)
+        if len(calls) == 1:
+            raise ZeroDivisionError
+        return 7
+
+    results: list[Any] = []
+
+    def ask() -> None:
+        try:
+            results.append(cache.get_or_compute("a", compute))
+        except ZeroDivisionError:
+            results.append("failed")
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(str, results)) == ["7", "7", "7", "failed"]
+    assert len(calls) == 2
+
+
+def test_nobody_waits_longer_than_they_said(opened: Callable[..., KVCache]) -> None:
+    first, second = opened(), opened()
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow() -> int:
+        entered.set()
+        leave.wait(30)
+        return 1
+
+    thread = threading.Thread(target=lambda: first.get_or_compute("a", slow))
+    thread.start()
+    assert entered.wait(10)
+    begin = time.monotonic()
+    assert second.get_or_compute("a", lambda: 2, wait=0.2) == 2
+    assert first.get_or_compute("a", lambda: 3, wait=0.2) in (2, 3)
+    assert time.monotonic() - begin < 5
+    leave.set()
+    thread.join()
+
+
+def test_the_stale_value_while_one_refreshes(opened: Callable[..., KVCache]) -> None:
+    first, second = opened(), opened()
+    if opened.kind == "memory":  # type: ignore[attr-defined]
+        second = first
+    entered, leave = threading.Event(), threading.Event()
+
+    def refresh() -> str:
+        entered.set()
+        assert leave.wait(30)
+        return "new"
+
+    def never() -> str:
+        raise AssertionError("somebody else computes")
+
+    assert first.get_or_compute("a", lambda: "old", ttl=0.1, stale=60) == "old"
+    assert second.get_or_compute("a", never, ttl=0.1, stale=60) == "old"
+    time.sleep(0.15)
+    results: list[str] = []
+    thread = threading.Thread(target=lambda: results.append(first.get_or_compute("a", refresh, ttl=30, stale=60)))
+    thread.start()
+    assert entered.wait(10)
+    assert second.get_or_compute("a", never, ttl=0.1, stale=60) == "old"
+    assert first.get_or_compute("a", never, ttl=0.1, stale=60) == "old"
+    assert first.get_value("a") is None, "without the option, what is too old is missing"
+    leave.set()
+    thread.join()
+    assert results == ["new"]
+    assert second.get_or_compute("a", never, ttl=0.1, stale=60) == "new"
+
+
+ASKER = textwrap.dedent(
+    """
+    import sys, time, kvkeep, numpy as np
+    where, calls, go = sys.argv[1:4]
+    def compute():
+        with open(calls, "a") as file:
+            file.write("computed\\n")
+        time.sleep(0.5)
+        return np.arange(1000.0)
+    remote = where if "://" in where else None
+    cache = kvkeep.open(None if remote else where, memory="8MiB", disk="16MiB", remote=remote)
+    cache.get_value("warm")
+    print("ready", flush=True)
+    sys.stdin.readline()
+    result = cache.get_or_compute("answer", compute, wait=60)
+    print("sum", result.sum(), flush=True)
+    cache.close()
+    """
+)
+
+
+@pytest.mark.parametrize("where", ["directory", "server"])
+def test_processes_compute_once(tmp_path: Path, where: str, request: pytest.FixtureRequest) -> None:
+    place = str(tmp_path / "kept")
+    if where == "server":
+        place = request.getfixturevalue("redis_shared").url + PATIENT
+    calls = tmp_path / "calls"
+    askers = [
+        subprocess.Popen(
+            [sys.executable, "-c", ASKER, place, str(calls), ""],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    for asker in askers:
+        assert asker.stdout is not None
+        assert asker.stdout.readline() == "ready\n"
+    for asker in askers:
+        assert asker.stdin is not None
+        asker.stdin.write("go\n")
+        asker.stdin.flush()
+    assert [asker.communicate(timeout=60)[0] for asker in askers] == [f"sum {sum(range(1000)):.1f}\n"] * 4
+    assert calls.read_text() == "computed\n"
