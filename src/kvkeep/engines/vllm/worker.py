@@ -165,6 +165,11 @@ class Worker:
     def _failed(self, load: Load, reached: int) -> None:
         assert self._cache is not None
         assert self._cache.layout is not None
+        # Of what follows nothing is known, and vLLM computes it now: saved anew, it does not fail block by block.
+        for tier in self._cache.store.tiers:
+            if tier.owned:
+                for key in load.keys[self._shard][reached - load.first :]:
+                    tier.delete(key)
         good = max(reached * self._cache.layout.block_tokens, load.tokens[0])
         with self._lock:
             self._invalid.update(load.pages[good // self._page_tokens - load.base :])
