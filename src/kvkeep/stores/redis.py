@@ -93,7 +93,7 @@ class RedisStore(Store):
         self._connect_timeout, self._rate, self._token = connect_timeout, rate, token
         address = parse(url)
         self._where = str(address)
-        self.servers = (Cluster if address.kind == "cluster" else Server)(address, connect_timeout)
+        self.servers = (Cluster if address.kind == "cluster" else Server)(address, connect_timeout, prefix.encode())
         self._head = prefix.encode() + b":{"
         self._pool = BufferPool()
         self._closed = False
@@ -180,7 +180,8 @@ class RedisStore(Store):
         return iter(list(found.items()))
 
     def ping(self) -> None:
-        """Raises :class:`StoreError` unless the servers answer. Connects anew where needed, without haste."""
+        """Raises :class:`StoreError` unless the servers answer and can be written to. Connects anew where needed,
+        without haste."""
         self._check_open()
         self.servers.ping(self._connect_timeout)
 

@@ -1,8 +1,9 @@
 """A cluster: names go to the node that has their slot.
 
 redis-py reads the cluster's map and knows what follows a failover; the map is read again, in the background, when a
-node fails or redirects. A node that fails is left alone for a second at a time: what lies there is missing, what is
-put there is dropped, and the others go on. Only when none of those asked answers, the question fails.
+node fails or redirects. A node that fails is left alone until a probe in the background finds it well: what lies
+there is missing, what is put there is dropped, and the others go on. Only when none of those asked is well, the
+question fails.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvkeep.errors import StoreError
-from kvkeep.stores.redis_servers import Address, Node, Work, client, failure, ping
+from kvkeep.stores.redis_servers import NONSENSE, Address, Node, Work, client, failure, probe
 from kvkeep.stores.redis_wire import Redirect, Wire, pack
 
 log = logging.getLogger("kvkeep")
@@ -30,10 +31,10 @@ Place = tuple[str, int]
 class Cluster:
     """Does what :class:`kvkeep.stores.redis_servers.Server` does, for many."""
 
-    def __init__(self, address: Address, connect_timeout: float) -> None:
+    def __init__(self, address: Address, connect_timeout: float, prefix: bytes) -> None:
         self.address = address
         self._connect_timeout = connect_timeout
-        self._client: Any = None
+        self._prefix = prefix
         self.reset()
         self._refresh()
 
@@ -45,6 +46,7 @@ class Cluster:
 
     def reset(self) -> None:
         self._changed = threading.Condition()
+        self._client: Any = None
         self._slots: list[Place | None] = []
         self._nodes: dict[Place, _Shard] = {}
         self._reading = False
@@ -97,8 +99,9 @@ class Cluster:
             self._refresh()
             raise StoreError("no node of the cluster has this slot", cause="unreachable")
         shard = self._node(place)
-        if shard.rests_until > time.monotonic():
-            raise StoreError(f"node {shard.node.name} failed a moment ago", cause="unreachable")
+        if shard.error is not None:
+            self._revive(place, shard)
+            raise shard.error
 
         def one_by_one(wire: Wire) -> Sequence[Any]:
             replies: list[Any] = []
@@ -109,33 +112,55 @@ class Cluster:
             return replies
 
         try:
-            found = shard.node.exchange(deadline, one_by_one if asking else lambda wire: work(wire, group))
+            return shard.node.exchange(deadline, one_by_one if asking else lambda wire: work(wire, group))
         except StoreError as error:
-            if not shard.rests_until:
-                log.warning("node %s of the cluster failed (%s), so it is left alone until it is well: %s",
-                            shard.node.name, error.cause, error)  # fmt: skip
-            shard.rests_until = time.monotonic() + REST_SECONDS
+            self._failed(shard, error)
             self._refresh()
             raise
-        if shard.rests_until:
+
+    def _failed(self, shard: _Shard, error: StoreError) -> None:
+        if shard.error is None and error.cause != "closed":
+            log.warning("node %s of the cluster failed (%s), so it is left alone until it is well: %s",
+                        shard.node.name, error.cause, error)  # fmt: skip
+        shard.error = error
+        shard.asked_at = time.monotonic()
+
+    def _revive(self, place: Place, shard: _Shard) -> None:
+        """Ask a node that failed, in the background and once a second, whether it is well."""
+        with self._changed:
+            if time.monotonic() < shard.asked_at + REST_SECONDS:
+                return
+            shard.asked_at = time.monotonic() + self._connect_timeout
+        threading.Thread(target=self._probe, args=(place, shard), name="kvkeep-probe", daemon=True).start()
+
+    def _probe(self, place: Place, shard: _Shard) -> StoreError | None:
+        try:
+            name = self._name_at(place)
+            shard.node.exchange(time.monotonic() + self._connect_timeout, lambda wire: probe(wire, name))
+        except StoreError as error:
+            self._failed(shard, error)
+            self._refresh()
+            return error
+        if shard.error is not None:
+            shard.error = None
             log.warning("node %s of the cluster: is back", shard.node.name)
-            shard.rests_until = 0.0
-        return found
+        return None
+
+    def _name_at(self, place: Place) -> bytes:
+        """A name that lives on this node."""
+        for number in range(SLOTS):
+            name = b"%b:ping:{%d}" % (self._prefix, number)
+            if self._slots[slot_of(name)] == place:
+                return name
+        raise StoreError("this node of the cluster has no slots any more", cause="unreachable")
 
     def ping(self, seconds: float) -> None:
-        """Raises unless every node that has slots answers, by a map that is read now."""
-        deadline = time.monotonic() + seconds
+        """Raises unless at least one node that has slots is well, by a map that is read now."""
         self._refresh()
         with self._changed:
             self._changed.wait_for(lambda: not self._reading, seconds)
-        failed = []
-        places = {place for place in self._map(deadline) if place}
-        for place in places:
-            try:
-                self._node(place).node.exchange(deadline, ping)
-                self._node(place).rests_until = 0.0
-            except StoreError as error:
-                failed.append(error)
+        places = {place for place in self._map(time.monotonic() + seconds) if place}
+        failed = [error for place in places if (error := self._probe(place, self._node(place))) is not None]
         if len(failed) == len(places):
             raise failed[0] if failed else StoreError("no node of the cluster has slots", cause="unreachable")
 
@@ -201,23 +226,25 @@ class Cluster:
             slots = [places.get(slot) for slot in range(SLOTS)]
         except StoreError as problem:
             error = problem
-        except (redis.RedisError, OSError, ValueError, IndexError) as problem:  # the last two: a map that is none
+        except (redis.RedisError, OSError, *NONSENSE) as problem:
             error = failure(problem)
-        with changed:
-            self._reading = False
-            self._reads += 1
-            self._error = error
-            if slots:
-                self._slots = slots
-            changed.notify_all()
+        finally:
+            with changed:
+                self._reading = False
+                self._reads += 1
+                self._error = error
+                if slots:
+                    self._slots = slots
+                changed.notify_all()
 
 
 class _Shard:
-    """A node, and until when it is left alone: 0.0 while it is well."""
+    """A node, and why it is left alone, if it is."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
-        self.rests_until = 0.0
+        self.error: StoreError | None = None
+        self.asked_at = 0.0
 
 
 def slot_of(name: bytes) -> int:

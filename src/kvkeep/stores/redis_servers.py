@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, unquote
 
 from kvkeep.errors import ConfigError, StoreError
-from kvkeep.stores.redis_wire import Wire, refusal
+from kvkeep.stores.redis_wire import Wire, garbage, pack, refusal
 
 if TYPE_CHECKING:
     from redis.connection import AbstractConnection
@@ -188,6 +188,10 @@ def client(address: Address, timeout: float) -> Any:
     return made
 
 
+NONSENSE = (ValueError, TypeError, LookupError, AttributeError)
+"""What redis-py raises besides its own when a handshake or a map is answered with nonsense."""
+
+
 def failure(error: Exception) -> StoreError:
     """What redis-py raised, in our words. Its messages name hosts, never credentials."""
     from redis import exceptions
@@ -200,7 +204,7 @@ def failure(error: Exception) -> StoreError:
         return refusal(b"-READONLY ")
     if isinstance(error, exceptions.OutOfMemoryError):
         return refusal(b"-OOM ")
-    if isinstance(error, exceptions.InvalidResponse):
+    if isinstance(error, (exceptions.InvalidResponse, *NONSENSE)):
         return StoreError("an answer that is none", cause="garbage")
     if isinstance(error, exceptions.ResponseError):
         return refusal(b"-" + str(error).encode("ascii", "replace"))
@@ -301,17 +305,18 @@ class Node:
             connection: Any = self._make()
             connection.connect()
             wire = Wire(connection)
-        except (redis.RedisError, OSError, ValueError) as problem:  # ValueError: a handshake's reply that is none
+        except (redis.RedisError, OSError, *NONSENSE) as problem:
             error = failure(problem)
-        with changed:
-            self._opening -= 1
-            if error is not None:
-                self._error = error
-                self._failures += 1
-            elif wire is not None and not self._closed:
-                self._idle.append(wire)
-                wire = None
-            changed.notify_all()
+        finally:
+            with changed:
+                self._opening -= 1
+                if wire is None:
+                    self._error = error or StoreError("no connection could be opened")
+                    self._failures += 1
+                elif not self._closed:
+                    self._idle.append(wire)
+                    wire = None
+                changed.notify_all()
         if wire is not None:
             wire.close()
 
@@ -331,8 +336,10 @@ Work = Callable[[Wire, Sequence[int]], Sequence[Any]]
 class Server:
     """One server, or the master that Sentinels name: every name lives there."""
 
-    def __init__(self, address: Address, connect_timeout: float) -> None:
+    def __init__(self, address: Address, connect_timeout: float, prefix: bytes) -> None:
+        """``prefix``: of all names, also of the one that is written to see whether the server is well."""
         self.address = address
+        self._probe = prefix + b":ping"
         self.client = client(address, connect_timeout)
         pool = self.client.connection_pool
         self._node = Node(str(address), lambda: pool.connection_class(**pool.connection_kwargs))
@@ -345,8 +352,8 @@ class Server:
         return self._node.exchange(time.monotonic() + seconds, lambda wire: work(wire, range(len(names))))
 
     def ping(self, seconds: float) -> None:
-        """Raises :class:`StoreError` unless the server is well."""
-        self._node.exchange(time.monotonic() + seconds, ping)
+        """Raises :class:`StoreError` unless the server is well: it answers, and can be written to."""
+        self._node.exchange(time.monotonic() + seconds, lambda wire: probe(wire, self._probe))
 
     def reset(self) -> None:
         self._node.reset()
@@ -355,8 +362,9 @@ class Server:
         self._node.close()
 
 
-def ping(wire: Wire) -> None:
-    wire.send([b"*1\r\n$4\r\nPING\r\n"])
-    (line,) = wire.lines(1)
-    if line != b"+PONG":
-        raise refusal(line)
+def probe(wire: Wire, name: bytes) -> None:
+    """Write ``name``, for a second. A server that is full or read-only does not let us."""
+    wire.send([pack(b"SET", name, b"", b"PX", b"1000")])
+    (line,) = wire.outcomes(1)
+    if line != b"+OK":
+        raise garbage(bytes(str(line), "ascii", "replace"))
