@@ -27,7 +27,7 @@ from kvkeep.codecs.values import Shape
 Array = npt.NDArray[Any]
 
 SOURCE = Path(__file__).with_name("kernels.c")
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 COMPILE_SECONDS = 120
 
 _KINDS = {"bfloat16": 0, "float16": 1, "float32": 2}

@@ -22,7 +22,7 @@ Floats = npt.NDArray[np.float32]
 LANES = 8
 HUGE_BITS = 0x5D800000  # 2^60: what is larger, infinite or NaN is not coded
 TINY_BITS = 0x21800000  # 2^-60: the smallest step
-GROUP = 64  # int4: values that share a step
+GROUP = 32  # int4: values that share a step
 
 _F = np.float32
 
@@ -173,7 +173,7 @@ def int4_encode(x: Array, skip: int, stored: Array, s: Shape, dtype: str) -> boo
     low = np.stack([keys[:, :, span].min(2) for span in spans], 2)
     high = np.stack([keys[:, :, span].max(2) for span in spans], 2)
     tops[:, 0], k_levels[:], scale = _int4_levels(low, high)
-    k_lows[:] = np.floor(low * scale)
+    k_lows[:] = np.rint(low * scale)
     for at, start in enumerate(starts):
         part = np.rint(keys[:, :, start : start + GROUP] * scale[:, :, at, None]) - k_lows[:, :, at, None]
         part = np.clip(part, 0, 15).astype(np.uint8)
@@ -189,7 +189,7 @@ def int4_encode(x: Array, skip: int, stored: Array, s: Shape, dtype: str) -> boo
     low = np.stack([values[..., start : start + GROUP].min(3) for start in starts], 3)[:, :, skip:]
     high = np.stack([values[..., start : start + GROUP].max(3) for start in starts], 3)[:, :, skip:]
     tops[:, 1], v_levels[:, :, skip:], scale = _int4_levels(low, high)
-    v_lows[:, :, skip:] = np.floor(low * scale)
+    v_lows[:, :, skip:] = np.rint(low * scale)
     v_levels[:, :, :skip] = 0
     v_lows[:, :, :skip] = 0
     whole = np.zeros(values.shape, np.uint8)
@@ -307,7 +307,7 @@ def _int4_parts(stored: Array, s: Shape) -> tuple[Array, ...]:
 
 def _int4_levels(low: Floats, high: Floats) -> tuple[Array, Array, Floats]:
     """Tops of the layers, levels below them, and one over the steps."""
-    step = (high - low) * _F(1 / 14)
+    step = (high - low) * _F(1 / 15)
     step = np.maximum(step, _real(np.maximum(_magnitudes(low), _magnitudes(high))) * _F(1 / 112))
     code = (np.maximum(step.view(np.int32), TINY_BITS) + 0xFFFFF) >> 20
     top = code.reshape(len(code), -1).max(1)

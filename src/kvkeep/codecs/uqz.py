@@ -5,11 +5,12 @@ steps of ``v_step`` × the RMS of their token and head. Most numbers are then sm
 to their entropy. No calibration: all scales come from the block. A sequence's first tokens are exact.
 
 Stored form: the streams of :mod:`kvkeep.codecs.entropy`, over all layer groups one after the other: steps, tops and the
-means' upper bytes; the means' lower bytes; levels; key numbers; value numbers (see :mod:`kvkeep.codecs.kernels`).
+means' upper bytes; the means' lower bytes (signed); levels; key numbers; value numbers (see :mod:`kvkeep.codecs.kernels`).
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -37,22 +38,19 @@ class UQZ(Lossy):
             if not kernels().uqz_encode(x, skip, steps, arrays, shape, layout.dtype):
                 return None
         k_steps, v_tops, means, levels, k, v = whole
-        bytes_of_means = means.view(np.uint8).reshape(-1, 2)
-        head = np.concatenate([k_steps.view(np.uint8), v_tops.view(np.uint8), bytes_of_means[:, 1]])
-        low = np.ascontiguousarray(bytes_of_means[:, 0])
-        return entropy.pack([head, low, levels, k.view(np.uint8), v.view(np.uint8)])
+        high = ((means + 128) >> 8).astype(np.uint8)  # so it is 0 for what the lower byte alone says, signs included
+        head = np.concatenate([k_steps.view(np.uint8), v_tops.view(np.uint8), high])
+        return entropy.pack([head, means.astype(np.uint8), levels, k.view(np.uint8), v.view(np.uint8)])
 
     def undo(self, coded: memoryview, layout: KVLayout, out: memoryview) -> None:
         steps, tops, means, levels, k, v = _sizes(shapes(layout))
         streams = entropy.unpack(coded, [2 * steps + 2 * tops + means, means, levels, k, v])
         head = streams[0]
-        both = np.empty((means, 2), np.uint8)
-        both[:, 1] = head[2 * (steps + tops) :]
-        both[:, 0] = streams[1]
+        high = head[2 * (steps + tops) :].astype(np.int16)
         whole = (
             head[: 2 * steps].view("<u2"),
             head[2 * steps : 2 * (steps + tops)].view("<u2"),
-            both.reshape(-1).view("<i2"),
+            (high << 8) + streams[1].view(np.int8),
             streams[2],
             streams[3].view(np.int8),
             streams[4].view(np.int8),
@@ -75,7 +73,8 @@ class UQZMax(UQZ):
     grid: ClassVar[float] = 2.0
 
 
-def _sizes(of: list[Shape]) -> list[int]:
+@lru_cache(64)
+def _sizes(of: tuple[Shape, ...]) -> list[int]:
     """Values in each of the kernel's arrays, over all of these groups."""
     each = [
         (s.layers * s.heads, s.layers, s.layers * s.heads * s.k_dim, s.layers * s.heads * s.tokens * bool(s.v_dim),
@@ -92,10 +91,12 @@ def _arrays(layout: KVLayout) -> tuple[Array, ...]:
 
 def _of_groups(whole: tuple[Array, ...], layout: KVLayout) -> list[tuple[Array, ...]]:
     """The same arrays, cut by group."""
+    if len(layout.groups) == 1:
+        return [whole]
     parts = []
     at = [0] * len(whole)
     for shape in shapes(layout):
-        ends = [a + b for a, b in zip(at, _sizes([shape]), strict=True)]
+        ends = [a + b for a, b in zip(at, _sizes((shape,)), strict=True)]
         parts.append(tuple(array[a:b] for array, a, b in zip(whole, at, ends, strict=True)))
         at = ends
     return parts

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from kvkeep.layout import KVLayout
+from kvkeep.layout import KVLayout, LayerGroup
 
 Array = npt.NDArray[Any]
 
@@ -31,12 +32,14 @@ class Shape(NamedTuple):
         return self.layers * self.heads * self.tokens * (self.k_dim + self.v_dim)
 
 
-def shapes(layout: KVLayout) -> list[Shape]:
+def shapes(layout: KVLayout) -> tuple[Shape, ...]:
     """One a layer group."""
-    return [
-        Shape(group.num_layers, group.num_kv_heads, layout.block_tokens, group.k_dim, group.v_dim)
-        for group in layout.groups
-    ]
+    return _shapes(layout.groups, layout.block_tokens)
+
+
+@lru_cache(64)
+def _shapes(groups: tuple[LayerGroup, ...], tokens: int) -> tuple[Shape, ...]:
+    return tuple(Shape(one.num_layers, one.num_kv_heads, tokens, one.k_dim, one.v_dim) for one in groups)
 
 
 def groups(data: memoryview, layout: KVLayout) -> Iterator[tuple[Shape, Array]]:
