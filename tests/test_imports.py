@@ -16,7 +16,7 @@ import kvkeep
 ROOT = Path(kvkeep.__file__).parent
 
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "buffers", "sizes"),
+    ("errors", "buffers", "sizes", "secret"),
     ("identity", "layout"),
     ("keys",),
     ("stores", "codecs", "policies"),

@@ -13,16 +13,13 @@ Keys have ids, so that several can be known: the first encrypts, all decrypt. An
 from __future__ import annotations
 
 import binascii
-import logging
 import os
-import stat
 import threading
 from base64 import b64decode, urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvkeep import frame
+from kvkeep import frame, secret
 from kvkeep.buffers import Buffer, as_bytes
 from kvkeep.errors import ConfigError, FrameError
 from kvkeep.frame import TAG_NBYTES, Header
@@ -32,8 +29,6 @@ from kvkeep.layout import KVLayout
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
-log = logging.getLogger("kvkeep")
 
 KEY_NBYTES = 32
 MESSAGES_PER_SALT = 1 << 16
@@ -183,35 +178,11 @@ def open_cipher(encryption: KeySource | Sequence[KeySource] | None) -> Cipher | 
 
 def _key(source: KeySource) -> bytes:
     if isinstance(source, (str, os.PathLike)):
-        return parse_key(*read_secret(source, "encryption"))
+        return parse_key(*secret.read(source, "encryption"))
     if not callable(source):
         raise ConfigError('encryption: give "env:NAME", "file:PATH" or a callable, or a list of these')
     returned = source()
     return parse_key(returned.encode() if isinstance(returned, str) else bytes(returned), "what the callable returned")
-
-
-def read_secret(source: str | os.PathLike[str], option: str) -> tuple[bytes, str]:
-    """What ``env:NAME``, ``file:PATH`` or a path holds, and what to call that place in a message.
-
-    Raises :class:`ConfigError`. ``source`` may be the secret itself, in the wrong place: no message quotes it, but for
-    a variable's name and a marked path.
-    """
-    if isinstance(source, str) and source.startswith("env:"):
-        value = os.environ.get(source[4:])
-        if value is None:
-            raise ConfigError(f"{option}: the environment variable {source[4:]!r} is not set")
-        return os.fsencode(value), f"environment variable {source[4:]!r}"
-    marked = not isinstance(source, str) or source.startswith("file:")
-    name = f"file {os.fspath(source).removeprefix('file:')}" if marked else "the file"
-    try:
-        path = Path(os.fspath(source).removeprefix("file:")).expanduser()
-        with path.open("rb") as stream:
-            if stat.S_IMODE(os.fstat(stream.fileno()).st_mode) & 0o077:
-                log.warning("%s: %s can be read by others; chmod 600 it", option, name)
-            return stream.read(4096), name
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of a user who does not exist
-        reason = error.strerror if isinstance(error, OSError) else "no path"
-        raise ConfigError(f'{option}: {name} cannot be read ({reason}); give "env:NAME" or "file:PATH"') from None
 
 
 def parse_key(data: bytes, where: str) -> bytes:

@@ -103,6 +103,8 @@ def opened(place: str | None, *, write: bool = False, clock: Callable[[], float]
             kept = Kept(url.shown(place), url.open_store(place))
             kept.store.ping()
         else:
+            if place and "@" in place and not Path(place).exists():  # it may hold a password: not repeated
+                fail("there is no such directory; the address of a server has :// in it, as in redis://host:6379/0")
             directory = resolve(Path(place) if place else None)
             kept = Kept(str(directory), open_store(directory, write=write, clock=clock), directory)
         try:

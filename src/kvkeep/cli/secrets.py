@@ -60,10 +60,10 @@ def read(keys: list[str] | None, namespaces: list[str] | None) -> Secrets:
 
 def namespace(source: str) -> bytes:
     """A namespace as it stands in a variable, or in a file but for the end of its last line."""
-    from kvkeep.crypt import read_secret
+    from kvkeep import secret as secrets
     from kvkeep.errors import ConfigError
 
-    data, place = read_secret(source, "--namespace")
+    data, place = secrets.read(source, "--namespace")
     secret = data.rstrip(b"\r\n")
     if not secret:
         raise ConfigError(f"--namespace: {place} is empty")

@@ -30,7 +30,7 @@ from kvkeep.errors import ConfigError, StoreError, ValueTooLargeError
 from kvkeep.keys import BlockKey
 from kvkeep.stores.base import Item, Store
 from kvkeep.stores.redis_cluster import Cluster
-from kvkeep.stores.redis_servers import CONNECT_SECONDS, OPTIONS, Server, connect, failure, parse
+from kvkeep.stores.redis_servers import CONNECT_SECONDS, STORE_OPTIONS, Server, connect, failure, parse
 from kvkeep.stores.redis_wire import Wire, outcome, pack, word
 
 __all__ = ["RedisStore", "connect"]
@@ -105,7 +105,7 @@ class RedisStore(Store):
         for name, text in parse(url).options.items():
             if name == "prefix":
                 options[name] = text
-            elif name in OPTIONS:
+            elif name in STORE_OPTIONS:
                 try:
                     options[name] = float(text)
                 except ValueError:
@@ -180,10 +180,13 @@ class RedisStore(Store):
         return iter(list(found.items()))
 
     def ping(self) -> None:
-        """Raises :class:`StoreError` unless the servers answer and can be written to. Connects anew where needed,
-        without haste."""
+        """Connects anew where needed, without haste. Of a cluster, one node that is well suffices."""
         self._check_open()
         self.servers.ping(self._connect_timeout)
+
+    def ping_writes(self) -> None:
+        self._check_open()
+        self.servers.ping_writes(self._connect_timeout)
 
     # Commands
 

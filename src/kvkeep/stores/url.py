@@ -8,9 +8,11 @@ here or in a store repeats one: :func:`shown` is what may be shown.
 from __future__ import annotations
 
 import difflib
+import re
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from kvkeep import secret
 from kvkeep.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,17 +33,19 @@ SCHEMES: dict[str, str] = {
 
 
 def open_store(url: str, *, ttl: float | None = None) -> Store:
-    """The store at ``url``; ``ttl``: seconds that a value lives there, where the address does not say.
+    """The store at ``url``, or at the address that ``env:NAME`` or ``file:PATH`` holds.
 
+    ``ttl``: seconds that a value lives there, where the address does not say.
     Raises :class:`ConfigError`; a server that cannot be reached is no error here.
     """
+    url = _address(url)
     store: Store = _class(scheme_of(url)).from_url(url, ttl=ttl)
     return store
 
 
 def is_url(text: object) -> bool:
     """Is it an address rather than a path?"""
-    return isinstance(text, str) and "://" in text
+    return isinstance(text, str) and ("://" in text or text.startswith(secret.PREFIXES))
 
 
 def scheme_of(url: str) -> str:
@@ -53,9 +57,20 @@ def scheme_of(url: str) -> str:
 
 def shown(url: str) -> str:
     """``url`` without user, password and options."""
-    scheme = scheme_of(url)
-    rest = url.partition("://")[2].partition("?")[0]
-    return f"{scheme}://{rest.rpartition('@')[2]}"
+    url = _address(url)
+    # First the @, then the ?, since a password that was not encoded may hold one.
+    place = url.partition("://")[2].rpartition("@")[2].partition("?")[0]
+    return f"{scheme_of(url)}://{place}"
+
+
+def _address(url: str) -> str:
+    if not url.startswith(secret.PREFIXES):
+        return url
+    data, place = secret.read(url, "an address")
+    try:
+        return data.decode().strip()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{place} holds no address") from None
 
 
 def _class(scheme: str) -> Any:
@@ -70,4 +85,5 @@ def _class(scheme: str) -> Any:
             return point.load()
     close = difflib.get_close_matches(scheme, SCHEMES, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}://?" if close else f"known: {', '.join(SCHEMES)}"
-    raise ConfigError(f"no store has addresses that begin with {scheme[:20]}://; {hint}")
+    named = f"{scheme}://" if re.fullmatch(r"[a-z0-9+.-]{1,20}", scheme) else "that"  # it may be a misplaced password
+    raise ConfigError(f"no store has addresses that begin with {named}; {hint}")
