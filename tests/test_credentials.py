@@ -100,7 +100,8 @@ def use(said: Said, cache: kvkeep.KVCache) -> int:
 
 
 def test_the_right_password(said: Said, server: str) -> None:
-    with kvkeep.open(f"redis://{USER}:{ENCODED}@{server}/0?{PATIENT}", memory="1MiB", namespace=b"namespace-93ab") as cache:
+    address = f"redis://{USER}:{ENCODED}@{server}/0?{PATIENT}"
+    with kvkeep.open(address, memory="1MiB", namespace=b"namespace-93ab") as cache:
         assert use(said, cache) == 64
         assert cache.store.tiers[1].store.contains(kvkeep.block_keys(layout(), TOKENS)[0])
     said.check("namespace-93ab")
