@@ -76,9 +76,9 @@ skip-vllm:
 bench-vllm: setup-vllm
 	$(VLLM_BIN)/python -m bench.vllm $(ARGS)
 
-# LMCache is heavy and pins an older stack: it gets an environment of its own, and joins the same table.
+# LMCache gets an environment of its own, and joins the same table.
 bench-lmcache: setup-vllm
-	bash requirements/venv-lmcache.sh "$(PYTHON)" .venv-lmcache "$(VLLM_LOCK)"
+	bash requirements/venv-lmcache.sh "$(PYTHON)" .venv-lmcache "$(VLLM_VENV)"
 	$(VLLM_BIN)/python -m bench.vllm --lmcache .venv-lmcache $(ARGS)
 
 wheel: setup

@@ -35,19 +35,46 @@ from typing import Any
 from bench.report import OUT, console, show
 from kvkeep.cli.smollm2 import folder
 from kvkeep.cli.vllm_args import transfer_config
-from kvkeep.cli.vllm_server import ENVIRONMENT
+from kvkeep.cli.vllm_server import ENVIRONMENT, free_port
 
 PROMPT = 3_000
 SHARED, REQUEST, REQUESTS, CONCURRENCY, NEW_TOKENS = 1_500, 2_000, 32, 8, 16
 PAGE = 128
+SCALE = float(os.environ.get("BENCH_SCALE", "1"))
+"""Shorter prompts, to try the benchmark itself: figures are for 1."""
+if SCALE != 1:
+    PROMPT, SHARED, REQUEST = (round(SCALE * tokens) for tokens in (PROMPT, SHARED, REQUEST))
 OPTIONS = {"model": "", "enforce_eager": True, "max_model_len": 4096, "disable_log_stats": True}
 
 
-class Engine:
-    """A process with one engine. ``options``: of ``vllm.LLM``."""
+class LMCache:
+    """LMCache's server, and the options of an engine that uses it. Its own defaults hang on a CPU; these do not."""
 
-    def __init__(self, name: str, log: Path, python: str = sys.executable, **options: Any) -> None:
+    def __init__(self, venv: Path, directory: Path, log: Path) -> None:
+        self.python = str(venv / "bin" / "python")
+        port = free_port()
+        adapter = json.dumps({"type": "fs", "base_path": str(directory)})
+        command = [str(venv / "bin" / "lmcache"), "server", "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--http-port", str(free_port()), "--disable-observability", "--supported-transfer-mode", "auto"]
+        command += ["--shm-name", f"kvkeep-bench-{port}", "--l1-size-gb", "2", "--eviction-policy", "LRU"]
+        with log.open("a") as stream:
+            self.process = subprocess.Popen([*command, "--l2-adapter", adapter], stdout=stream, stderr=stream)
+        self.options = {
+            "kv_transfer_config": {
+                "kv_connector": "LMCacheMPConnector",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port},
+            }
+        }
+
+
+class Engine:
+    """A process with one engine. ``options``: of ``vllm.LLM``. ``server``: ends with it."""
+
+    def __init__(self, name: str, log: Path, server: LMCache | None = None, **options: Any) -> None:
         self.name = name
+        self._server = server
+        python = sys.executable if server is None else server.python
         self._log = log
         environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": os.getcwd()}
         with log.open("a") as stream:
@@ -59,7 +86,8 @@ class Engine:
                 text=True,
                 env=environment,
             )
-        self._send({**OPTIONS, "model": str(folder()), **options})
+        options = {**OPTIONS, "model": str(folder()), **options, **(server.options if server is not None else {})}
+        self._send({"options": options, "also": [server.process.pid] if server is not None else []})
 
     def __enter__(self) -> Engine:
         self._receive()
@@ -73,6 +101,9 @@ class Engine:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        if self._server is not None:
+            self._server.process.terminate()
+            self._server.process.wait(60)
 
     def _send(self, request: dict[str, Any]) -> None:
         assert self._process.stdin is not None
@@ -164,20 +195,19 @@ def warm_up(engines: Iterable[Engine], ids: Sequence[int]) -> None:
             engine.settle()
 
 
-def latency(repeats: int, place: Path, log: Path, extra: dict[str, tuple[str, dict[str, Any]]]) -> list[list[str]]:
-    """``extra``: further engines that keep something across a restart, by name: their Python and options."""
+def latency(repeats: int, place: Path, log: Path, lmcache: Path | None) -> list[list[str]]:
+    """``lmcache``: a virtual environment that has it."""
     ids = document()
     asked = prompts(repeats, ids)
-    keepers: dict[str, tuple[str, dict[str, Any]]] = {
-        "kvkeep": (sys.executable, kvkeep_options(place / "kvkeep")),
-        "vLLM's fs tier": (sys.executable, fs_options(place / "fs")),
-        **extra,
-    }
+    keepers = ["kvkeep", "vLLM's fs tier", *(["LMCache"] if lmcache is not None else [])]
     rows: dict[str, Row] = {}
 
     def engine(name: str) -> Engine:
-        python, options = keepers[name]
-        return Engine(name, log, python, **options)
+        if name == "kvkeep":
+            return Engine(name, log, **kvkeep_options(place / "kvkeep"))
+        if lmcache is not None and name == "LMCache":
+            return Engine(name, log, LMCache(lmcache, place / "lmcache", log))
+        return Engine(name, log, **fs_options(place / "fs"))
 
     def row(name: str) -> Row:
         return rows.setdefault(name, Row())
@@ -291,7 +321,7 @@ def main() -> None:
                 "vllm",
                 f"{PROMPT:,} tokens, SmolLM2 bf16, one core: seconds, min / median of {given.repeats}",
                 ["case", "wall s", "×", "CPU s", "× ", "tokens computed", "same token"],
-                latency(given.repeats, place, log, {}),
+                latency(given.repeats, place, log, given.lmcache),
             )
             console.print("×: to `cold` for the cold rows, to `own prefix cache` for all others.")
         if given.only != "latency":

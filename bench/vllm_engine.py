@@ -1,12 +1,14 @@
 """One vLLM engine in a process of its own, driven by lines of JSON: ``python -m bench.vllm_engine``.
 
-The first line is the options of ``vllm.LLM``; the answer ``{"ready": …}``. Each further line is a request::
+The first line is ``{"options": …, "also": […]}``: those of ``vllm.LLM``, and processes that serve it; the answer
+``{"ready": …}``. Each further line is a request::
 
     {"prompts": [[token ids], …], "new_tokens": 1}
 
-and its answer ``{"wall", "cpu", "cached": […], "tokens": [[…], …]}``: wall seconds, CPU seconds of this process and its
-workers (background threads included), prompt tokens that were not computed, and what was generated, greedily. A line
-``{"settle": true}`` waits until nothing is written any more; its answer has the CPU seconds that took.
+and its answer ``{"wall", "cpu", "cached": […], "tokens": [[…], …]}``: wall seconds, CPU seconds of this process, its
+workers and those that serve it (background threads included), prompt tokens that were not computed, and what was
+generated, greedily. A line ``{"settle": true}`` waits until nothing is written any more; its answer has the CPU seconds
+that took.
 """
 
 from __future__ import annotations
@@ -29,12 +31,14 @@ def cpu_seconds(processes: list[psutil.Process]) -> float:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what vLLM and its workers print goes to the log
-    options: dict[str, Any] = json.loads(sys.stdin.readline())
+    job: dict[str, Any] = json.loads(sys.stdin.readline())
 
     from vllm import LLM, SamplingParams
 
-    engine = LLM(**options)
+    engine = LLM(**job["options"])
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    for each in job["also"]:
+        processes += [psutil.Process(each), *psutil.Process(each).children(recursive=True)]
     print(json.dumps({"ready": True}), file=answers)
     for line in sys.stdin:
         request = json.loads(line)
