@@ -18,7 +18,7 @@ from kvkeep.values.index import Index, Item, MemoryIndex
 from kvkeep.values.redis import RedisIndex
 from kvkeep.values.sqlite import FILE, SqliteIndex
 
-PATIENT = "?lookup_timeout=5&connect_timeout=5"
+PATIENT = "?lookup_timeout=20&save_timeout=20"
 """A busy machine is not what is tested here."""
 
 

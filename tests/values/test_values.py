@@ -27,7 +27,7 @@ from kvkeep.values.entry import Entry, encode
 from kvkeep.values.index import Item
 from kvkeep.values.store import layout_of
 
-PATIENT = "?lookup_timeout=5&load_timeout=5"
+PATIENT = "?lookup_timeout=20&load_timeout=20&save_timeout=20"
 ARRAY = np.random.default_rng(0).standard_normal((300, 40))
 
 

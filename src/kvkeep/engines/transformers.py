@@ -36,8 +36,10 @@ import functools
 import json
 import logging
 import threading
+import time
 import types
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,19 +89,22 @@ class Report:
     """Why kvkeep had no part in it; empty where it had."""
 
 
-def attach(model: Model, cache: KVCache, *, exact: bool = False, segment: int = 256) -> Model:
+def attach(model: Model, cache: KVCache, *, exact: bool = False, segment: int = 256, wait: float = 0.0) -> Model:
     """Make ``model.generate`` reuse and keep prefixes in ``cache``; returns ``model``, a PEFT model too.
 
     ``exact``: a hit is bit-identical to a miss (see the module). ``segment``: its tokens, rounded up to whole blocks.
+    ``wait``: seconds to wait while another thread, process or machine reads the same prefix, to load it then.
     A model that cannot be served is returned as it was, with a warning in the log that says why. Raises
     :class:`ConfigError` for what is no Transformers model, or one that is attached already.
     """
     base = _base(model)
     if segment < 1:
         raise ConfigError(f"segment is at least 1 token, not {segment}")
+    if not 0 <= wait < float("inf"):
+        raise ConfigError(f"wait is a number of seconds, not {wait}")
     if _attachment(base) is not None:
         raise ConfigError("this model is attached already: detach(model) first")
-    attachment = _Attachment(base, cache, segment if exact else 0)
+    attachment = _Attachment(base, cache, segment if exact else 0, wait)
     reason = _unservable(base) or attachment.identify()
     if reason:
         logger.warning("kvkeep leaves %s alone: %s", type(base).__name__, reason)
@@ -140,15 +145,17 @@ class _Call:
     kept: list[int] = field(default_factory=list)  # of each of `rows`: tokens that need not be saved again
     mark: torch.Tensor | None = None  # the first layer's keys after the last forward
     staging: memoryview | None = None
+    claims: ExitStack = field(default_factory=ExitStack)  # on what is missing, until it is saved
 
 
 class _Attachment:
     """Hooks on one model. All state of a run is the run's; threads may generate at once."""
 
-    def __init__(self, model: Any, cache: KVCache, segment: int) -> None:
+    def __init__(self, model: Any, cache: KVCache, segment: int, wait: float) -> None:
         self.model = model
         self.cache = cache
         self.segment = segment
+        self.wait = wait
         self.last: Report | None = None
         self._local = threading.local()
         self._lock = threading.Lock()
@@ -187,6 +194,7 @@ class _Attachment:
             result = type(self.model).generate(self.model, *args, **kwargs)
         finally:
             self._local.call = outer
+            call.claims.close()
             self._give_back(call)
         if not self.segment:
             self._keep(call, call.length)
@@ -237,6 +245,8 @@ class _Attachment:
                 call.over = True
         elif past < prompt:
             self._keep(call, min(prompt, call.length))
+        if call.over or call.length >= prompt:
+            call.claims.close()
 
     def _begin(self, call: _Call, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Fill the empty cache as far as it goes; returns the arguments for the rest of the prompt."""
@@ -251,6 +261,7 @@ class _Attachment:
         limit = min(prompt - 1, ids.shape[1] - max(1, int(kwargs.get("logits_to_keep", 1))))
         past = 0
         try:
+            self._claim(call, tokens, limit)
             past = self._restore(call, tokens, twins, limit)
         except (KVKeepError, OSError) as error:
             self._log_once(f"a prefix could not be loaded: {error}")
@@ -286,6 +297,17 @@ class _Attachment:
         )
 
     # --- load and save
+
+    def _claim(self, call: _Call, tokens: Any, limit: int) -> None:
+        """Claim what is missing of each prompt, or wait until somebody else has read it."""
+        deadline = time.monotonic() + self.wait
+        size = call.layout.block_tokens
+        begun: set[bytes] = set()
+        for row in call.rows if self.wait else ():
+            prompt = tokens[row, call.pads[row] : limit]
+            if prompt[:size].tobytes() not in begun:  # else we would wait for ourselves
+                begun.add(prompt[:size].tobytes())
+                call.claims.enter_context(call.bound.claim(prompt, wait=max(0.0, deadline - time.monotonic())))
 
     def _restore(self, call: _Call, tokens: Any, twins: list[int], limit: int) -> int:
         bound, pads = call.bound, call.pads
