@@ -246,7 +246,7 @@ class Tier:
     def maintain(self) -> None:
         """From the background, about once a second: probe what failed, delete what is too old, keep house."""
         self.breaker.probe(self.store.ping)
-        self.writing.probe(lambda: None)  # the next write is the probe
+        self.writing.probe(self.store.ping_writes)
         if self.ttl is not None:
             oldest = self._clock() - self.ttl
             with self._lock:

@@ -118,6 +118,9 @@ class Store(ABC):
     def ping(self) -> None:  # noqa: B027
         """Does the medium answer? Raises ``StoreError`` if not. Asked in the background after it has failed."""
 
+    def ping_writes(self) -> None:  # noqa: B027
+        """Can it be written to? Raises ``StoreError`` if not. Asked in the background after only a write has failed."""
+
     def stamps(self) -> dict[BlockKey, float]:
         """When each value was written, in seconds since 1970, where the medium knows."""
         return {}

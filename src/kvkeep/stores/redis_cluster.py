@@ -13,17 +13,21 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from kvkeep.errors import StoreError
-from kvkeep.stores.redis_servers import NONSENSE, Address, Node, Work, client, failure, probe
+from kvkeep.stores.redis_servers import NONSENSE, Address, Node, Work, client, failure, ping, write
 from kvkeep.stores.redis_wire import Redirect, Wire, pack
 
 log = logging.getLogger("kvkeep")
 
 REST_SECONDS = 1.0
-MOST_REDIRECTS = 5
+MOST_REDIRECTS = 8
+REDIRECT_SECONDS = 0.005
 SLOTS = 16384
+OF_WRITES = ("full", "readonly")
+"""Causes for which a node can still be read."""
 
 Place = tuple[str, int]
 
@@ -61,7 +65,9 @@ class Cluster:
         for index, name in enumerate(names):
             todo.setdefault((slots[slot_of(name)], False), []).append(index)
         replies: list[Any] = [None] * len(names)
-        for _ in range(MOST_REDIRECTS):
+        for redirects in range(MOST_REDIRECTS):
+            if redirects > 2:  # a slot that is just changing hands: for a moment both nodes may deny it
+                time.sleep(max(0.0, min(REDIRECT_SECONDS, deadline - time.monotonic())))
             todo = self._round(todo, deadline, work, replies)
             if not todo:
                 return replies
@@ -119,7 +125,9 @@ class Cluster:
             raise
 
     def _failed(self, shard: _Shard, error: StoreError) -> None:
-        if shard.error is None and error.cause != "closed":
+        if error.cause in ("closed", *OF_WRITES):
+            return
+        if shard.error is None:
             log.warning("node %s of the cluster failed (%s), so it is left alone until it is well: %s",
                         shard.node.name, error.cause, error)  # fmt: skip
         shard.error = error
@@ -135,8 +143,7 @@ class Cluster:
 
     def _probe(self, place: Place, shard: _Shard) -> StoreError | None:
         try:
-            name = self._name_at(place)
-            shard.node.exchange(time.monotonic() + self._connect_timeout, lambda wire: probe(wire, name))
+            shard.node.exchange(time.monotonic() + self._connect_timeout, ping)
         except StoreError as error:
             self._failed(shard, error)
             self._refresh()
@@ -155,14 +162,29 @@ class Cluster:
         raise StoreError("this node of the cluster has no slots any more", cause="unreachable")
 
     def ping(self, seconds: float) -> None:
-        """Raises unless at least one node that has slots is well, by a map that is read now."""
+        """Raises :class:`StoreError` unless a node that has slots answers, by a map that is read now."""
         self._refresh()
         with self._changed:
             self._changed.wait_for(lambda: not self._reading, seconds)
-        places = {place for place in self._map(time.monotonic() + seconds) if place}
-        failed = [error for place in places if (error := self._probe(place, self._node(place))) is not None]
-        if len(failed) == len(places):
-            raise failed[0] if failed else StoreError("no node of the cluster has slots", cause="unreachable")
+        self._any([self._probe(place, self._node(place)) for place in self._places(seconds)])
+
+    def ping_writes(self, seconds: float) -> None:
+        """Raises :class:`StoreError` unless one of them can be written to."""
+        refused: list[StoreError | None] = []
+        for place in self._places(seconds):
+            try:
+                self._node(place).node.exchange(time.monotonic() + seconds, partial(write, name=self._name_at(place)))
+                refused.append(None)
+            except StoreError as error:
+                refused.append(error)
+        self._any(refused)
+
+    def _places(self, seconds: float) -> set[Place]:
+        return {place for place in self._map(time.monotonic() + seconds) if place}
+
+    def _any(self, failed: Sequence[StoreError | None]) -> None:
+        if None not in failed:
+            raise next(iter(failed), None) or StoreError("no node of the cluster has slots", cause="unreachable")
 
     def close(self) -> None:
         with self._changed:
@@ -226,7 +248,7 @@ class Cluster:
             slots = [places.get(slot) for slot in range(SLOTS)]
         except StoreError as problem:
             error = problem
-        except (redis.RedisError, OSError, *NONSENSE) as problem:
+        except (redis.RedisError, redis.exceptions.RedisClusterException, OSError, *NONSENSE) as problem:
             error = failure(problem)
         finally:
             with changed:

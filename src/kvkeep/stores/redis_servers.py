@@ -337,7 +337,7 @@ class Server:
     """One server, or the master that Sentinels name: every name lives there."""
 
     def __init__(self, address: Address, connect_timeout: float, prefix: bytes) -> None:
-        """``prefix``: of all names, also of the one that is written to see whether the server is well."""
+        """``prefix``: of all names, also of the one that :meth:`ping_writes` writes."""
         self.address = address
         self._probe = prefix + b":ping"
         self.client = client(address, connect_timeout)
@@ -352,8 +352,12 @@ class Server:
         return self._node.exchange(time.monotonic() + seconds, lambda wire: work(wire, range(len(names))))
 
     def ping(self, seconds: float) -> None:
-        """Raises :class:`StoreError` unless the server is well: it answers, and can be written to."""
-        self._node.exchange(time.monotonic() + seconds, lambda wire: probe(wire, self._probe))
+        """Raises :class:`StoreError` unless the server answers."""
+        self._node.exchange(time.monotonic() + seconds, ping)
+
+    def ping_writes(self, seconds: float) -> None:
+        """Raises :class:`StoreError` unless it can be written to."""
+        self._node.exchange(time.monotonic() + seconds, lambda wire: write(wire, self._probe))
 
     def reset(self) -> None:
         self._node.reset()
@@ -362,9 +366,13 @@ class Server:
         self._node.close()
 
 
-def probe(wire: Wire, name: bytes) -> None:
-    """Write ``name``, for a second. A server that is full or read-only does not let us."""
+def ping(wire: Wire) -> None:
+    wire.send([pack(b"PING")])
+    if wire.outcomes(1) != [b"+PONG"]:
+        raise garbage(b"")
+
+
+def write(wire: Wire, name: bytes) -> None:
+    """Write ``name``, for a second: a server that is full or read-only refuses."""
     wire.send([pack(b"SET", name, b"", b"PX", b"1000")])
-    (line,) = wire.outcomes(1)
-    if line != b"+OK":
-        raise garbage(bytes(str(line), "ascii", "replace"))
+    wire.outcomes(1)

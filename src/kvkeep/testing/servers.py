@@ -15,9 +15,11 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,6 +158,89 @@ class RedisServer(Process):
             client.close()
 
 
+class MemcachedServer(Process):
+    """Memcached on a port of 127.0.0.1."""
+
+    def __init__(self, folder: Path, *options: str, megabytes: int = 64, port: int | None = None) -> None:
+        binary = shutil.which("memcached")
+        if binary is None:
+            raise MissingServerError("no memcached: bash requirements/servers.sh")
+        self.port = port or free_port()
+        user = ["-u", "nobody"] if os.getuid() == 0 else []
+        command = [binary, *user, "-l", "127.0.0.1", "-p", str(self.port), "-U", "0", "-m", str(megabytes), "-t", "1"]
+        super().__init__([*command, *options], folder)
+
+    @property
+    def where(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        super().start()
+        wait_for(lambda: self.answers() or not self.running(), "memcached does not answer")
+        if not self.running():
+            raise RuntimeError(f"memcached ended:\n{self.log()}")
+
+    def answers(self) -> bool:
+        try:
+            return self.call(b"version").startswith(b"VERSION")
+        except OSError:
+            return False
+
+    def call(self, line: bytes) -> bytes:
+        """Its answer to a command of one line, as far as it comes at once."""
+        with socket.create_connection(("127.0.0.1", self.port), 1) as connection:
+            connection.sendall(line + b"\r\n")
+            return connection.recv(1 << 16)
+
+
+class S3Server(Process):
+    """moto's server with an empty bucket: the requests of S3, in memory."""
+
+    bucket = "kvkeep-tests"
+
+    def __init__(self, folder: Path) -> None:
+        self.port = free_port()
+        super().__init__([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)], folder)
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        super().start()
+        wait_for(self._made, "moto does not answer")
+
+    def _made(self) -> bool:
+        request = urllib.request.Request(f"{self.endpoint}/{self.bucket}", method="PUT")
+        try:
+            with urllib.request.urlopen(request, timeout=5):
+                return True
+        except OSError:
+            return False
+
+
+@contextlib.contextmanager
+def memcached_server(*options: str, megabytes: int = 64) -> Iterator[MemcachedServer]:
+    with folder() as path:
+        server = MemcachedServer(path, *options, megabytes=megabytes)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.kill()
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[S3Server]:
+    with folder() as path:
+        server = S3Server(path)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.kill()
+
+
 @contextlib.contextmanager
 def folder() -> Iterator[Path]:
     """A folder with a short name, as unix sockets want it."""
@@ -232,7 +317,7 @@ class RedisCluster:
         while keys := source.call("CLUSTER GETKEYSINSLOT", str(slot), "1"):
             source.call("MIGRATE", target.host, str(target.port), keys[0], "0", "5000")
             yield
-        for node in self.nodes[: self.masters]:
+        for node in (target, source, *self.nodes[: self.masters]):  # else they would send keys in circles
             node.call("CLUSTER SETSLOT", str(slot), "NODE", ids[target.port])
         yield
 
@@ -294,6 +379,76 @@ def tcp_server(serve: Callable[[socket.socket], None]) -> Iterator[int]:
                 connection.shutdown(socket.SHUT_RDWR)
 
 
+class Proxy:
+    """Between a client and a server on TCP: hands everything on, or does what :attr:`fault` says to every answer.
+
+    ``None``: nothing. ``garbage``: other bytes. ``half``: an answer's first half, then the end. ``stuck``: its first
+    half, then nothing more. ``drip``: a byte each 30 ms. ``flip``: one bit in a long answer. ``extra``:
+    an answer nobody asked for behind each. ``silent``: no answer at all. ``refuse``: a connection ends as soon as
+    it is made.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.fault: str | None = None
+        self._target = port
+
+    def serve(self, client: socket.socket) -> None:
+        if self.fault == "refuse":
+            return
+        with socket.create_connection(("127.0.0.1", self._target)) as server:
+            threading.Thread(target=self._hand_on, args=(client, server), daemon=True).start()
+            try:
+                while answer := server.recv(1 << 16):
+                    if not self._answer(client, answer):
+                        return
+            finally:
+                with contextlib.suppress(OSError):
+                    client.shutdown(socket.SHUT_RDWR)
+
+    def _hand_on(self, client: socket.socket, server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while asked := client.recv(1 << 16):
+                server.sendall(asked)
+            server.shutdown(socket.SHUT_RDWR)
+
+    def _answer(self, client: socket.socket, answer: bytes) -> bool:
+        """Does the connection go on?"""
+        match self.fault:
+            case "garbage":
+                client.sendall(bytes(byte ^ 0x55 for byte in answer))
+            case "half":
+                client.sendall(answer[: len(answer) // 2])
+                return False
+            case "stuck":
+                client.sendall(answer[: len(answer) // 2])
+                while self.fault == "stuck":
+                    time.sleep(0.01)
+                return False
+            case "drip":
+                for byte in answer:
+                    client.sendall(bytes([byte]))
+                    time.sleep(0.03)
+                    if self.fault != "drip":
+                        return False
+            case "flip" if len(answer) > 1000:
+                client.sendall(answer[:900] + bytes([answer[900] ^ 1]) + answer[901:])
+            case "extra":
+                client.sendall(answer + b"+OK\r\n")
+            case "silent":
+                pass
+            case _:
+                client.sendall(answer)
+        return True
+
+
+@contextlib.contextmanager
+def proxy(port: int) -> Iterator[tuple[int, Proxy]]:
+    """A :class:`Proxy` to ``port``, and the port it listens on."""
+    between = Proxy(port)
+    with tcp_server(between.serve) as own:
+        yield own, between
+
+
 def wait_for(question: Callable[[], Any], complaint: str, seconds: float = START_SECONDS) -> None:
     """Until ``question`` says yes; else fail with ``complaint``."""
     until = time.monotonic() + seconds
@@ -341,4 +496,17 @@ def cluster_shared(_shared_cluster: RedisCluster) -> RedisCluster:
 def redis_own() -> Iterator[RedisServer]:
     """A server that a test may kill, freeze and fill."""
     with redis_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def memcached_shared() -> Iterator[MemcachedServer]:
+    """A running server, which a test must leave running."""
+    with memcached_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_shared() -> Iterator[S3Server]:
+    with s3_server() as server:
         yield server
