@@ -72,6 +72,8 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "openai": ("cli",),
     "llama_cpp": ("engines.llamacpp",),
     "redis": ("stores.redis", "stores.redis_servers", "stores.redis_cluster", "stores.redis_wire", "testing"),
+    "uhashring": ("stores.memcached",),
+    "obstore": ("stores.s3",),
     "zstandard": ("codecs.entropy",),
     "cryptography": ("crypt",),
     "tokenizers": ("trace.logs",),

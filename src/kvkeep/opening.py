@@ -20,10 +20,12 @@ from kvkeep.codecs.base import Codec
 from kvkeep.crypt import KeySource, open_cipher
 from kvkeep.errors import CodecError, ConfigError
 from kvkeep.events import Counters, Observer, Observers
+from kvkeep.quality import MAX_KL
 from kvkeep.sizes import parse_age, parse_size
 from kvkeep.stores.base import Store
 from kvkeep.stores.disk import DiskStore
 from kvkeep.stores.memory import MemoryStore
+from kvkeep.stores.url import is_url, open_store
 from kvkeep.tier import Tier
 from kvkeep.tiered import TieredStore
 
@@ -53,6 +55,8 @@ def open(
     admission: PerTier[str] = "all",
     namespace: bytes = b"",
     encryption: KeySource | Sequence[KeySource] | None = None,
+    max_kl: float = MAX_KL,
+    force: bool = False,
     block_tokens: int = 0,
     trace: str | os.PathLike[str] | None = None,
     observer: Observer | None = None,
@@ -72,16 +76,17 @@ def open(
 
     ``namespace`` is a tenant's secret: other tenants cannot find its blocks. ``encryption`` encrypts all that leaves
     memory: ``"env:NAME"``, a file's path, or a callable that returns a key of 32 bytes; of several in a list the first
-    encrypts and all decrypt. ``block_tokens`` 0 picks the layout's default. ``trace`` names a file to which requests
+    encrypts and all decrypt. Where ``kvkeep quality`` has left a report on a model, a codec that costs it more than
+    ``max_kl`` (nats a token) is refused when the cache is bound to it, unless ``force``. ``block_tokens`` 0 picks the layout's default. ``trace`` names a file to which requests
     are recorded, in hashes, sizes and times, for ``kvkeep replay`` and ``kvkeep size``.
 
     Raises :class:`ConfigError` on a wrong option, :class:`~kvkeep.errors.StoreError` if the directory cannot be used
     at all; a server that is down is not an error.
     """
-    if isinstance(path, str) and ("://" in path or path.startswith("unix:")):
+    if is_url(path):
         if remote is not None:
             raise ConfigError("two servers: give the URL as the first argument or as remote=, not both")
-        path, remote = None, path
+        path, remote = None, str(path)
     counters = Counters()
     told: Observer = counters if observer is None else Observers(counters, observer)
     memory_nbytes, disk_nbytes = parse_size(memory), parse_size(disk) if path is not None else 0
@@ -120,8 +125,6 @@ def open(
         with _no_collector():
             tiers.append(tier("disk", DiskStore(directory, capacity=disk_nbytes)))
     if remote is not None:
-        from kvkeep.stores.url import open_store
-
         tiers.append(tier("remote", open_store(remote, ttl=_seconds(_of(ttl, "remote", None))), owned=False))
     # Half of memory at most waits to be written: the rest must stay evictable, or a save would find no room.
     queue_nbytes = min((arena.capacity or 0) // 2, 1 << 30)
@@ -131,7 +134,7 @@ def open(
     _at_exit.add(tiered)
     return KVCache(
         tiered, counters=counters, observer=told, namespace=namespace, block_tokens=block_tokens, directory=directory,
-        trace=recorder,
+        trace=recorder, max_kl=None if force else max_kl,
     )  # fmt: skip
 
 

@@ -12,6 +12,8 @@ from blocks import LAYOUT, Sink, Source
 from kvkeep import breaker
 from kvkeep.testing.servers import RedisServer, redis_server, wait_for
 
+PATIENT = "?lookup_timeout=5&load_timeout=5"
+"""Where the deadline is not what is tested: this machine may be busy."""
 TOKENS = list(range(16 * 20 + 5))
 
 
@@ -29,10 +31,10 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_one_cache_saved_another_one_finds(redis_shared: RedisServer, tmp_path: Path) -> None:
-    with kvkeep.open(tmp_path / "a", memory="4MiB", disk="8MiB", remote=redis_shared.url) as one:
+    with kvkeep.open(tmp_path / "a", memory="4MiB", disk="8MiB", remote=redis_shared.url + PATIENT) as one:
         assert one.bind(LAYOUT).save(TOKENS, Source(TOKENS)) == 20
         assert one.flush(20)
-    with kvkeep.open(tmp_path / "b", memory="4MiB", disk="8MiB", remote=redis_shared.url) as other:
+    with kvkeep.open(tmp_path / "b", memory="4MiB", disk="8MiB", remote=redis_shared.url + PATIENT) as other:
         cache = other.bind(LAYOUT)
         assert {tier.name for tier in cache.match(TOKENS).places} == {"remote"}
         assert load(cache, TOKENS) == 20
@@ -43,16 +45,16 @@ def test_what_one_cache_saved_another_one_finds(redis_shared: RedisServer, tmp_p
 
 def test_a_url_alone_and_another_namespace(redis_shared: RedisServer) -> None:
     tokens = [token + 7 for token in TOKENS]
-    with kvkeep.open(redis_shared.unix_url, memory=0) as one:
+    with kvkeep.open(redis_shared.unix_url + PATIENT, memory=0) as one:
         assert one.bind(LAYOUT).save(tokens, Source(tokens)) == 20
-    with kvkeep.open(redis_shared.url, memory="4MiB", codec="lossless") as other:
+    with kvkeep.open(redis_shared.url + PATIENT, memory="4MiB", codec="lossless") as other:
         assert load(other.bind(LAYOUT), tokens) == 20
     with pytest.raises(kvkeep.ConfigError, match="two servers"):
-        kvkeep.open(redis_shared.url, remote=redis_shared.url)
+        kvkeep.open(redis_shared.url, remote=redis_shared.url + PATIENT)
 
 
 def test_a_server_killed_and_back_is_never_in_the_way(tmp_path: Path) -> None:
-    with redis_server() as server, kvkeep.open(tmp_path, memory="1MiB", disk=0, remote=server.url) as root:
+    with redis_server() as server, kvkeep.open(tmp_path, memory="1MiB", disk=0, remote=server.url + PATIENT) as root:
         cache = root.bind(LAYOUT)
         cache.save(TOKENS, Source(TOKENS))
         assert root.flush(20)

@@ -29,6 +29,8 @@ SCHEMES: dict[str, str] = {
     "unix": _REDIS,
     "redis+unix": _REDIS,
     "valkey+unix": _REDIS,
+    "memcached": "kvkeep.stores.memcached:MemcachedStore",
+    "s3": "kvkeep.stores.s3:S3Store",
 }
 
 

@@ -322,11 +322,68 @@ class RedisCluster:
         yield
 
 
+class Sentinels:
+    """A master called ``mymaster``, its replica, and three Sentinels, which make the replica master after a second."""
+
+    def __init__(self, path: Path) -> None:
+        for name in ("master", "replica"):
+            (path / name).mkdir()
+        self.master = RedisServer(path / "master", binary=redis_binary())
+        self.replica = RedisServer(
+            path / "replica", "--replicaof", "127.0.0.1", str(self.master.port), binary=redis_binary()
+        )
+        self._sentinels: list[RedisServer] = []
+        for number in range(3):
+            home = path / f"sentinel{number}"
+            home.mkdir()
+            port = free_port()
+            (home / "sentinel.conf").write_text(
+                f"port {port}\nbind 127.0.0.1\nunixsocket {home}/s\ndir {home}\n"
+                f"sentinel monitor mymaster 127.0.0.1 {self.master.port} 2\n"
+                "sentinel down-after-milliseconds mymaster 800\nsentinel failover-timeout mymaster 3000\n"
+            )
+            sentinel = RedisServer(home, port=port)
+            sentinel.command = [redis_binary(), str(home / "sentinel.conf"), "--sentinel"]
+            self._sentinels.append(sentinel)
+
+    @property
+    def url(self) -> str:
+        return "redis+sentinel://" + ",".join(f"127.0.0.1:{each.port}" for each in self._sentinels) + "/mymaster"
+
+    def start(self) -> None:
+        self.master.start()
+        self.replica.start()
+        wait_for(lambda: self.replica.call("ROLE")[3] == b"connected", "the replica has no master")
+        for sentinel in self._sentinels:
+            sentinel.start()
+        wait_for(self._agree, "the Sentinels do not know each other")
+
+    def _agree(self) -> bool:
+        for sentinel in self._sentinels:
+            found = _raw(sentinel, "SENTINEL MASTER mymaster")
+            facts = dict(zip(found[::2], found[1::2], strict=True))
+            if facts[b"num-other-sentinels"] != b"2" or facts[b"num-slaves"] != b"1":
+                return False
+        return True
+
+    @classmethod
+    @contextlib.contextmanager
+    def run(cls) -> Iterator[Sentinels]:
+        with folder() as path:
+            group = cls(path)
+            try:
+                group.start()
+                yield group
+            finally:
+                for server in (group.master, group.replica, *group._sentinels):
+                    server.kill()
+
+
 def _raw(node: RedisServer, command: str) -> Any:
     """An answer as redis-py gives it for plain bytes."""
     import redis
 
-    client: Any = redis.Redis(unix_socket_path=str(node.socket), socket_timeout=10)
+    client: Any = redis.Redis(unix_socket_path=str(node.socket), socket_timeout=10, protocol=2)
     client.response_callbacks.clear()
     try:
         return client.execute_command(command)
