@@ -18,7 +18,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 1)
 export PYTHONUTF8 := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup setup-vllm demo demo-vllm test test-vllm skip-vllm bench-vllm bench-lmcache lint tests tests-model bench wheel clean
+.PHONY: help setup setup-vllm demo demo-vllm test test-vllm skip-vllm bench-vllm bench-lmcache lint tests tests-model bench wheel audit clean
 
 help:
 	@echo "make setup   create $(VENV) with kvkeep and what demo and tests need"
@@ -29,6 +29,7 @@ help:
 	@echo "make bench-vllm  the figures of docs/engines/vllm.md; make bench-lmcache: with LMCache in the same table"
 	@echo "make bench   the figures of docs/benchmarks.md"
 	@echo "make wheel   build dist/*.whl"
+	@echo "make audit   is what is installed what was pinned, unchanged, and without known vulnerabilities?"
 	@echo "make clean   remove what these make, $(VENV) included"
 
 setup: $(STAMP)
@@ -84,5 +85,10 @@ bench-lmcache: setup-vllm
 wheel: setup
 	$(BIN)/python -m build --wheel --outdir dist .
 
+audit: setup
+	@test -x .venv-audit/bin/pip-audit || { $(BIN)/python -m venv .venv-audit && \
+		.venv-audit/bin/python -m pip install --quiet -c $(LOCK) pip-audit; } || echo "pip-audit cannot be installed here"
+	$(BIN)/python requirements/audit.py $(LOCK) .venv-audit/bin/pip-audit $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .venv-lmcache dist build demo-out bench-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-audit $(VLLM_VENV) .venv-lmcache dist build demo-out bench-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
