@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from kvkeep.stores.base import Store
 from kvkeep.stores.redis import RedisStore
-from kvkeep.testing.servers import RedisCluster, RedisServer
+from kvkeep.testing.servers import RedisCluster, RedisServer, redis_server, valkey_binary
 from kvkeep.testing.stores import StoreSuite
 
 _prefixes = (f"suite{number}" for number in itertools.count())
@@ -34,6 +35,19 @@ class TestUnixSocket(TestRedis):
     @pytest.fixture(autouse=True)
     def _server(self, redis_shared: RedisServer) -> None:
         self.url = redis_shared.unix_url
+
+
+class TestValkey(TestRedis):
+    examples = 5
+
+    @pytest.fixture(scope="class")
+    def valkey(self) -> Iterator[RedisServer]:
+        with redis_server(binary=valkey_binary()) as server:
+            yield server
+
+    @pytest.fixture(autouse=True)
+    def _server(self, valkey: RedisServer) -> None:  # type: ignore[override]
+        self.url = valkey.url.replace("redis://", "valkey://")
 
 
 class TestCluster(TestRedis):
