@@ -7,8 +7,10 @@ import typer
 from kvkeep.cli.clear import clear
 from kvkeep.cli.demo import demo
 from kvkeep.cli.demo_vllm import demo_vllm
+from kvkeep.cli.quality import quality
 from kvkeep.cli.replay import replay
 from kvkeep.cli.rotate import rotate
+from kvkeep.cli.size import size
 from kvkeep.cli.stats import stats
 from kvkeep.cli.verify import verify
 from kvkeep.cli.version import version
@@ -21,5 +23,5 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for command in (demo, stats, verify, clear, rotate, replay, vllm_args, demo_vllm, version):
+for command in (demo, stats, verify, clear, rotate, quality, replay, size, vllm_args, demo_vllm, version):
     app.command()(command)

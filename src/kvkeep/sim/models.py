@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvkeep.errors import ConfigError
+from kvkeep.errors import ConfigError, nearest
 from kvkeep.layout import DTYPES
-from kvkeep.registry import nearest
 
 
 @dataclass(frozen=True, slots=True)

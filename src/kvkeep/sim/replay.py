@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +33,7 @@ Progress = Callable[[int, int, str], None]
 
 CEILINGS = ("opt", "unlimited")
 BASE = "lru"
-TIER_POLICIES = ("lru", "hazard")
+TIER_POLICIES = tuple(name for name in ("lru", "hazard") if name in registry.BUILTIN["policies"])
 NO_GAP = 0.005
 """Half a point between base and optimum is not worth a share."""
 CAPACITIES = ("0.5%", "1%", "2%", "5%", "10%", "20%", "50%")
@@ -47,6 +50,8 @@ class Task:
     attention_tokens: float
     tiers: tuple[TierSpec, ...] = ()
     rule: str = ""
+    keep_hits: bool = False
+    """Put the hit blocks of each request, by tier, into the row."""
 
 
 def rows(
@@ -83,15 +88,35 @@ def rows(
             for task in _tier_tasks(number, trace, chosen, tiers, rules, token_nbytes, attention_tokens)
         ]
     else:
-        chosen = policy_names(policies or "all")
-        tasks = [
-            Task(number, policy, capacity, label, attention_tokens)
-            for number, trace in enumerate(loaded)
-            for policy in chosen
-            for label, capacity in _labelled(policy, capacities, trace, token_nbytes)
-        ]
+        tasks = tasks_of(loaded, policies, capacities, token_nbytes=token_nbytes, attention_tokens=attention_tokens)
+    return perform(loaded, tasks, jobs, progress)
+
+
+def tasks_of(
+    traces: Sequence[Trace],
+    policies: str | Iterable[str],
+    capacities: Iterable[str | int],
+    *,
+    token_nbytes: float = 0,
+    attention_tokens: float = cost.ATTENTION_TOKENS,
+) -> list[Task]:
+    """Replays of one tier: every policy at every capacity."""
+    wanted = list(capacities)
+    chosen = policy_names(policies or "all")
+    return [
+        Task(number, policy, capacity, label, attention_tokens)
+        for number, trace in enumerate(traces)
+        for policy in chosen
+        for label, capacity in _labelled(policy, wanted, trace, token_nbytes)
+    ]
+
+
+def perform(
+    traces: Sequence[Trace], tasks: Sequence[Task], jobs: int = 1, progress: Progress | None = None
+) -> list[Row]:
+    """Do the replays; rows in the order of ``tasks``."""
     done: dict[Task, Row] = {}
-    for task, row in _run(loaded, tasks, jobs):
+    for task, row in _run(traces, tasks, jobs):
         done[task] = row
         if progress is not None:
             progress(len(done), len(tasks), f"{task.policy} {task.rule or 'at ' + task.label}")
@@ -173,27 +198,36 @@ def _tier_tasks(
                 yield Task(number, policy, total, tiers, attention_tokens, specs, rule)
 
 
-def _run(traces: list[Trace], tasks: list[Task], jobs: int) -> Iterator[tuple[Task, Row]]:
+def _run(traces: Sequence[Trace], tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Row]]:
     jobs = min(jobs, len(tasks))
-    worker = Worker(traces)
     if jobs <= 1:
+        worker = Worker(traces)
         yield from ((task, worker.run(task)) for task in tasks)
         return
-    # Spawned, not forked: whoever calls may have threads (a progress bar's, a cache's, torch's).
+    # Spawned, not forked: whoever calls may have threads (a progress bar's, a cache's, torch's). The traces travel in
+    # a file: as arguments they would fill a pipe that nobody reads if a process dies at its start.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(worker,)) as pool:
-        futures = {pool.submit(_task, task): task for task in tasks}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    with tempfile.NamedTemporaryFile(prefix="kvkeep-traces-") as file:
+        pickle.dump(list(traces), file, protocol=pickle.HIGHEST_PROTOCOL)
+        file.flush()
+        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(file.name,)) as pool:
+            futures = {pool.submit(_task, task): task for task in tasks}
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            except BrokenProcessPool as error:
+                raise ConfigError(
+                    "a replay's process ended early: memory is short, or a script that calls this with jobs above 1 "
+                    'has no if __name__ == "__main__": around it'
+                ) from error
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Worker:
     """The traces, and what all capacities of one share."""
 
-    def __init__(self, traces: list[Trace]) -> None:
+    def __init__(self, traces: Sequence[Trace]) -> None:
         self.traces = traces
         self._uses: dict[int, list[list[int]]] = {}
 
@@ -205,6 +239,8 @@ class Worker:
             by_tier, tiers = run_tiers(trace, task.tiers, task.policy, task.rule)
             hits = [sum(found) for found in by_tier]
             more = {"write_rule": task.rule, **columns(trace, task.tiers, by_tier, tiers)}
+            if task.keep_hits:
+                more["hits"] = by_tier
         elif task.policy == "unlimited":
             hits = list(ceilings.unlimited(trace))
         elif task.policy == "opt":
@@ -266,9 +302,10 @@ def _compare(found: list[Row]) -> None:
 _worker: Worker
 
 
-def _begin(worker: Worker) -> None:
+def _begin(path: str) -> None:
     global _worker
-    _worker = worker
+    with open(path, "rb") as file:
+        _worker = Worker(pickle.load(file))
 
 
 def _task(task: Task) -> Row:
