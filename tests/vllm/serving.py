@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from vllm.distributed import cleanup_dist_env_and_memory
-from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown, get_kv_transfer_group
 from vllm.inputs import TokensPrompt
 
 from vllm import LLM, SamplingParams
@@ -49,6 +49,7 @@ class Engine:
         try:
             self.llm = LLM(str(model), **options)
         except BaseException:
+            ensure_kv_transfer_shutdown()
             cleanup_dist_env_and_memory()
             raise
         Engine.running = self
@@ -102,6 +103,10 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 def write_model(folder: Path, kind: str) -> Path:
     """A model with random weights; ``kind`` may end in ``-2`` and so on for other weights."""
     name, _, seed = kind.partition("-")
+    if name == "smol":
+        from kvkeep.cli.smollm2 import folder as smollm2
+
+        return smollm2()
     torch.manual_seed(int(seed or 0))
     common: dict[str, Any] = {
         "vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
@@ -128,9 +133,9 @@ def write_model(folder: Path, kind: str) -> Path:
                 moe_intermediate_size=64, n_shared_experts=1, first_k_dense_replace=3,
             )  # fmt: skip
         case "hybrid":
-            config = transformers.BambaConfig(
-                **common, num_key_value_heads=2, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=32,
-                mamba_d_state=16, mamba_n_groups=1, mamba_chunk_size=64,
+            config = transformers.Lfm2Config(
+                **common, num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"], block_multiple_of=32,
+                conv_L_cache=3, conv_dim=128, block_dim=128,
             )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():  # larger than usual, so that greedy answers are no ties

@@ -23,6 +23,7 @@ from kvkeep.engines.vllm.plan import Hello, Plan, Report
 from kvkeep.engines.vllm.scheduler import Scheduler
 from kvkeep.engines.vllm.stats import KVKeepMetrics, KVKeepStats
 from kvkeep.engines.vllm.worker import Worker, layer_names
+from kvkeep.errors import ConfigError
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -48,6 +49,16 @@ class KVKeepConnector(KVConnectorBase_V1):
     @property
     def requires_kv_delivery(self) -> bool:
         return False  # a save that is lost is a later miss
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """Any will do. vLLM asks this before it lays out the cache: the moment to refuse what would fail there."""
+        if vllm_config.model_config.is_hybrid:
+            raise ConfigError(
+                "kvkeep keeps attention's keys and values by token; this model also has recurrent layers, whose state "
+                "cannot be cut into blocks"
+            )
+        return None
 
     def shutdown(self) -> None:
         if self.role == KVConnectorRole.SCHEDULER:
