@@ -20,7 +20,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("identity", "layout"),
     ("keys",),
     ("stores", "codecs", "policies"),
-    ("frame", "events", "crypt", "labels", "registry", "breaker", "tier", "trace", "admission"),
+    ("frame", "events", "crypt", "labels", "quality", "registry", "breaker", "tier", "trace", "admission"),
     ("tiered", "flight", "sim", "values"),
     ("cache", "metrics"),
     ("opening",),
@@ -64,8 +64,8 @@ SHARED |= {"policies.queue", "policies.ranking"}
 """Parts of one implementation, or of several, in a file of their own."""
 
 ONLY_IN: dict[str, tuple[str, ...]] = {
-    "torch": ("engines", "testing.vllm_offload", "cli.measure", "cli.smollm2"),
-    "transformers": ("engines.transformers", "cli.measure", "cli.smollm2"),
+    "torch": ("engines", "testing.vllm_offload", "cli.measure", "cli.losses", "cli.smollm2"),
+    "transformers": ("engines.transformers", "cli.measure", "cli.losses", "cli.smollm2"),
     "huggingface_hub": ("engines.transformers", "engines.weights", "engines.vllm", "cli.demo", "cli.measure"),
     "vllm": ("engines.vllm", "testing.vllm_offload"),
     "prometheus_client": ("engines.vllm",),

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from kvkeep import frame, labels
+from kvkeep import frame, labels, quality
 from kvkeep.buffers import BufferPool
 from kvkeep.errors import LayoutError
 from kvkeep.events import Counters, Observer
@@ -111,6 +111,7 @@ class KVCache(ValueFace):
         block_tokens: int = 0,
         directory: Path | None = None,
         trace: Recorder | None = None,
+        max_kl: float | None = None,
     ) -> None:
         """``remote``: the server's address, for what is kept there beside blocks. ``trace``: what a request asks for
         is recorded there, in hashes."""
@@ -119,6 +120,7 @@ class KVCache(ValueFace):
         self.namespace = namespace
         self.block_tokens = block_tokens
         self.directory = directory
+        self.max_kl = max_kl
         self.layout: KVLayout | None = None
         self.shard = 0
         self.priority = 0
@@ -132,8 +134,12 @@ class KVCache(ValueFace):
     def bind(self, layout: KVLayout, *, shard: int = 0, description: str = "", priority: int = 0) -> KVCache:
         """The same tiers for blocks of ``layout``; ``description`` is what ``kvkeep stats`` calls the model.
 
-        Of what is saved through caches of different ``priority``, the lower goes first, whatever the policy.
+        Of what is saved through caches of different ``priority``, the lower goes first, whatever the policy. Raises
+        :class:`ConfigError` for a lossy codec that is measured to cost this model more than ``max_kl``.
         """
+        if self.max_kl is not None:
+            lossy = {tier.codec.name for tier in self.store.tiers if not tier.codec.lossless}
+            quality.check(self.directory or quality.DEFAULT_DIR, layout.identity, sorted(lossy), self.max_kl)
         if self.directory is not None:
             labels.note(self.directory, layout, description, self.store.cipher)
         bound = copy.copy(self)

@@ -14,6 +14,8 @@
     admission = "all"
     trace = "requests.jsonl"
     encryption = "env:KVKEEP_KEY"  # or "file:/etc/kvkeep.key"; a list: the first encrypts, all decrypt
+    max_kl = 0.01          # a codec that is measured to cost a model more is refused; see kvkeep quality
+    force = false          # true: not even then
     block_tokens = 0       # 0: the layout's default
 
     [policy]               # or, in place of one value: one for each tier
@@ -36,9 +38,10 @@ from typing import Any
 
 from kvkeep import admission, registry
 from kvkeep.cache import KVCache
-from kvkeep.errors import ConfigError
+from kvkeep.errors import ConfigError, nearest
 from kvkeep.opening import PerTier, check_per_tier
 from kvkeep.opening import open as open_cache
+from kvkeep.quality import MAX_KL
 from kvkeep.sizes import parse_age, parse_size
 
 VARIABLE = "KVKEEP_CONFIG"
@@ -60,6 +63,8 @@ class Config:
     admission: PerTier[str] = "all"
     trace: Path | None = None
     encryption: str | list[str] | None = field(default=None, repr=False)  # somebody may put the key itself here
+    max_kl: float = MAX_KL
+    force: bool = False
     block_tokens: int = 0
 
     def open(self, *, namespace: bytes = b"") -> KVCache:
@@ -73,7 +78,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     known = [field.name for field in fields(Config)]
     for key in values:
         if key not in known:
-            raise ConfigError(f"there is no option {key!r}; {registry.nearest(key, known)}")
+            raise ConfigError(f"there is no option {key!r}; {nearest(key, known)}")
     return Config(**{key: _checked(key, value) for key, value in values.items()})
 
 
@@ -92,6 +97,14 @@ def _checked(key: str, value: Any) -> Any:
         case "block_tokens":
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ConfigError(f"block_tokens is a number of tokens, not {value!r}")
+            return value
+        case "max_kl":
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0:
+                raise ConfigError(f"max_kl is a number of nats a token, not {value!r}")
+            return value
+        case "force":
+            if not isinstance(value, bool):
+                raise ConfigError(f"force is true or false, not {value!r}")
             return value
         case "policy" | "codec" | "ttl" | "write_rule" | "admission":
             check_per_tier(key, value)

@@ -18,7 +18,7 @@ from kvkeep.admission import write_rule as write_rule_named
 from kvkeep.cache import KVCache
 from kvkeep.codecs.base import Codec
 from kvkeep.crypt import KeySource, open_cipher
-from kvkeep.errors import CodecError, ConfigError
+from kvkeep.errors import CodecError, ConfigError, nearest
 from kvkeep.events import Counters, Observer, Observers
 from kvkeep.quality import MAX_KL
 from kvkeep.sizes import parse_age, parse_size
@@ -77,8 +77,9 @@ def open(
     ``namespace`` is a tenant's secret: other tenants cannot find its blocks. ``encryption`` encrypts all that leaves
     memory: ``"env:NAME"``, a file's path, or a callable that returns a key of 32 bytes; of several in a list the first
     encrypts and all decrypt. Where ``kvkeep quality`` has left a report on a model, a codec that costs it more than
-    ``max_kl`` (nats a token) is refused when the cache is bound to it, unless ``force``. ``block_tokens`` 0 picks the layout's default. ``trace`` names a file to which requests
-    are recorded, in hashes, sizes and times, for ``kvkeep replay`` and ``kvkeep size``.
+    ``max_kl`` (nats a token) is refused when the cache is bound to it, unless ``force``. ``block_tokens`` 0 picks the
+    layout's default. ``trace`` names a file to which requests are recorded, in hashes, sizes and times, for
+    ``kvkeep replay`` and ``kvkeep size``.
 
     Raises :class:`ConfigError` on a wrong option, :class:`~kvkeep.errors.StoreError` if the directory cannot be used
     at all; a server that is down is not an error.
@@ -166,7 +167,7 @@ def check_per_tier(option: str, value: Any) -> None:
     if isinstance(value, Mapping):
         for name in value:
             if name not in TIERS:
-                raise ConfigError(f"{option}: there is no tier {name!r}; {registry.nearest(str(name), list(TIERS))}")
+                raise ConfigError(f"{option}: there is no tier {name!r}; {nearest(str(name), list(TIERS))}")
 
 
 def _of(value: PerTier[T], name: str, default: T) -> T:

@@ -95,7 +95,8 @@ def attach(model: Model, cache: KVCache, *, exact: bool = False, segment: int = 
     ``exact``: a hit is bit-identical to a miss (see the module). ``segment``: its tokens, rounded up to whole blocks.
     ``wait``: seconds to wait while another thread, process or machine reads the same prefix, to load it then.
     A model that cannot be served is returned as it was, with a warning in the log that says why. Raises
-    :class:`ConfigError` for what is no Transformers model, or one that is attached already.
+    :class:`ConfigError` for what is no Transformers model, or one that is attached already, or whose measured quality
+    the cache's codec passes the limit of.
     """
     base = _base(model)
     if segment < 1:
@@ -509,6 +510,8 @@ class _Attachment:
             return ""  # not the state in which it will generate
         try:
             self._bind()
+        except ConfigError:
+            raise  # a codec that is refused for this model
         except (KVKeepError, OSError) as error:
             return f"the model cannot be identified: {error}"
         return self._broken
