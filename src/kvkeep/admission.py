@@ -15,10 +15,9 @@ from abc import ABC, abstractmethod
 from collections import deque
 from typing import ClassVar, Generic, TypeVar
 
-from kvkeep.errors import ConfigError
+from kvkeep.errors import ConfigError, nearest
 from kvkeep.keys import BlockKey
 from kvkeep.policies.base import Access
-from kvkeep.registry import nearest
 
 Value = TypeVar("Value")
 

@@ -17,6 +17,8 @@ caller of a *store* or a *codec*, never the caller of a cache.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class KVKeepError(Exception):
     """Base of all."""
@@ -63,3 +65,12 @@ class StoreFullError(StoreError):
 
 class ValueTooLargeError(StoreError):
     """This value will never fit this medium."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``did you mean …`` for a message about a wrong name."""
+    import difflib
+
+    known = list(known)
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

@@ -5,11 +5,10 @@ Third parties add to these by entry points in the groups ``kvkeep.codecs``, ``kv
 
 from __future__ import annotations
 
-import difflib
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from kvkeep.errors import ConfigError
+from kvkeep.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoints
@@ -80,9 +79,3 @@ def lookup(kind: str, name: str) -> Any:
         if point.name == name:
             return point.load()
     raise ConfigError(f"no {_SINGULAR[kind]} is called {name!r}; {nearest(name, names(kind))}")
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """``did you mean …`` for a message about a wrong name."""
-    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

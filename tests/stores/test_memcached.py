@@ -108,7 +108,7 @@ def test_a_dead_nodes_keys_are_misses_then_live_elsewhere(four: list[MemcachedSe
 
 
 def test_a_frozen_node_costs_its_deadline_once(four: list[MemcachedServer]) -> None:
-    store = store_of(*four[:2], lookup_timeout=0.2)
+    store = store_of(*four[:2], lookup_timeout=1.0)
     keys = [key(number) for number in range(100)]
     store.put_many([(each, [each]) for each in keys])
     four[1].freeze()
@@ -198,7 +198,7 @@ def test_two_caches_share_a_ring(four: list[MemcachedServer]) -> None:
         ("memcached://a?lookup_timeuot=1", "did you mean 'lookup_timeout'"),
         ("memcached://a?rate=fast", "is a number"),
         ("memcached://a?ttl=0", "above 0"),
-        ("memcachd://a", "did you mean memcached"),
+        ("memcachd://a", "did you mean 'memcached'"),
     ],
 )
 def test_a_wrong_address_is_named(url: str, said: str) -> None:

@@ -54,7 +54,7 @@ def test_what_an_address_means(address: str, shown: str) -> None:
 @pytest.mark.parametrize(
     ("address", "hint"),
     [
-        ("rediz://host", "did you mean redis"),
+        ("rediz://host", "did you mean 'redis'"),
         ("redis//host", "://"),
         ("redis://:open/sesame@host", "percent-encoded"),
         ("redis://:open-sesame:x@host:70000", "number up to 65535"),

@@ -36,9 +36,8 @@ from urllib.parse import parse_qsl, unquote_to_bytes
 import xxhash
 
 from kvkeep.buffers import Buffer, BufferPool, nbytes_of
-from kvkeep.errors import ConfigError, StoreError, ValueTooLargeError
+from kvkeep.errors import ConfigError, StoreError, ValueTooLargeError, nearest
 from kvkeep.keys import BlockKey
-from kvkeep.registry import nearest
 from kvkeep.stores.base import Item, Store
 from kvkeep.stores.redis_wire import Wire, garbage
 

@@ -7,7 +7,6 @@ Whoever asks waits for one until its deadline, not longer.
 
 from __future__ import annotations
 
-import difflib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, unquote
 
-from kvkeep.errors import ConfigError, StoreError
+from kvkeep.errors import ConfigError, StoreError, nearest
 from kvkeep.stores.redis_wire import Wire, garbage, pack, refusal
 
 if TYPE_CHECKING:
@@ -75,9 +74,7 @@ def parse(url: str) -> Address:
     options = dict(parse_qsl(query, keep_blank_values=True))
     for name in options:
         if name not in OPTIONS:
-            close = difflib.get_close_matches(name, OPTIONS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(OPTIONS)}"
-            raise ConfigError(f"an address of Redis has no option {name!r}; {hint}")
+            raise ConfigError(f"an address of Redis has no option {name!r}; {nearest(name, OPTIONS)}")
     user, at, rest = rest.rpartition("@")
     username, colon, password = user.partition(":")
     if "/" in user or (at and not user):
@@ -259,6 +256,12 @@ class Node:
             self._give(wire)
             return reply
 
+    def warm(self) -> None:
+        """Open a connection in the background, so that the first question need not wait for it."""
+        with self._changed:
+            if not self._idle and not self._opening:
+                self._start_opening()
+
     def drop(self) -> None:
         """Close what is idle."""
         with self._changed:
@@ -289,11 +292,14 @@ class Node:
                 if not fresh or not self._opening:
                     fresh = True
                     if self._opening < MOST_OPENING:
-                        self._opening += 1
-                        threading.Thread(target=self._open, name="kvkeep-connect", daemon=True).start()
+                        self._start_opening()
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     raise StoreError("no connection in time", cause="timeout")
+
+    def _start_opening(self) -> None:
+        self._opening += 1
+        threading.Thread(target=self._open, name="kvkeep-connect", daemon=True).start()
 
     def _open(self) -> None:
         import redis
@@ -343,6 +349,7 @@ class Server:
         self.client = client(address, connect_timeout)
         pool = self.client.connection_pool
         self._node = Node(str(address), lambda: pool.connection_class(**pool.connection_kwargs))
+        self._node.warm()
 
     def ask(self, names: Sequence[bytes], seconds: float, work: Work) -> Sequence[Any]:
         """The replies to ``names``, within ``seconds`` (and what values add by their size).

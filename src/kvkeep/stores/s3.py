@@ -25,9 +25,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl
 
 from kvkeep.buffers import Buffer, nbytes_of
-from kvkeep.errors import ConfigError, StoreError, ValueTooLargeError
+from kvkeep.errors import ConfigError, StoreError, ValueTooLargeError, nearest
 from kvkeep.keys import BlockKey
-from kvkeep.registry import nearest
 from kvkeep.stores.base import Item, Store
 
 if TYPE_CHECKING:

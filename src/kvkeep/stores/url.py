@@ -7,13 +7,12 @@ here or in a store repeats one: :func:`shown` is what may be shown.
 
 from __future__ import annotations
 
-import difflib
 import re
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kvkeep import secret
-from kvkeep.errors import ConfigError
+from kvkeep.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from kvkeep.stores.base import Store
@@ -85,7 +84,5 @@ def _class(scheme: str) -> Any:
     for point in entry_points(group="kvkeep.stores"):
         if point.name == scheme:
             return point.load()
-    close = difflib.get_close_matches(scheme, SCHEMES, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}://?" if close else f"known: {', '.join(SCHEMES)}"
     named = f"{scheme}://" if re.fullmatch(r"[a-z0-9+.-]{1,20}", scheme) else "that"  # it may be a misplaced password
-    raise ConfigError(f"no store has addresses that begin with {named}; {hint}")
+    raise ConfigError(f"no store has addresses that begin with {named}; {nearest(scheme, SCHEMES)}")

@@ -16,9 +16,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kvkeep import config as cache_config
-from kvkeep import registry
 from kvkeep.config import Config
-from kvkeep.errors import ConfigError
+from kvkeep.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ def parse(extra: dict[str, Any]) -> Options:
     known = [each.name for each in fields(Config)] + ["config", "aligned", "async_load", "share"]
     for name in rest:
         if name not in known:
-            raise ConfigError(f"kv_connector_extra_config: no option {name!r}; {registry.nearest(name, known)}")
+            raise ConfigError(f"kv_connector_extra_config: no option {name!r}; {nearest(name, known)}")
     return Options(cache_config.from_dict(rest) if rest else cache_config.load(), **own)
 
 
