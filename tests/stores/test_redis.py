@@ -37,13 +37,14 @@ class TestUnixSocket(TestRedis):
         self.url = redis_shared.unix_url
 
 
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[RedisServer]:
+    with redis_server(binary=valkey_binary()) as server:
+        yield server
+
+
 class TestValkey(TestRedis):
     examples = 5
-
-    @pytest.fixture(scope="class")
-    def valkey(self) -> Iterator[RedisServer]:
-        with redis_server(binary=valkey_binary()) as server:
-            yield server
 
     @pytest.fixture(autouse=True)
     def _server(self, valkey: RedisServer) -> None:  # type: ignore[override]

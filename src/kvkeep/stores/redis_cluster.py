@@ -8,10 +8,10 @@ question fails.
 
 from __future__ import annotations
 
-import binascii
 import logging
 import threading
 import time
+from binascii import crc_hqx
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -61,9 +61,10 @@ class Cluster:
     def ask(self, names: Sequence[bytes], seconds: float, work: Work) -> Sequence[Any]:
         deadline = time.monotonic() + seconds
         slots = self._map(deadline)
-        todo: dict[tuple[Place | None, bool], list[int]] = {}
+        groups: dict[Place | None, list[int]] = {place: [] for place in set(slots)}
         for index, name in enumerate(names):
-            todo.setdefault((slots[slot_of(name)], False), []).append(index)
+            groups[slots[slot_of(name)]].append(index)
+        todo = {(place, False): group for place, group in groups.items() if group}
         replies: list[Any] = [None] * len(names)
         for redirects in range(MOST_REDIRECTS):
             if redirects > 2:  # a slot that is just changing hands: for a moment both nodes may deny it
@@ -246,6 +247,9 @@ class Cluster:
             found = self._client.nodes_manager.slots_cache
             places = {slot: (nodes[0].host, nodes[0].port) for slot, nodes in found.items()}
             slots = [places.get(slot) for slot in range(SLOTS)]
+            if not self._slots:
+                for place in set(places.values()):
+                    self._node(place).node.warm()
         except StoreError as problem:
             error = problem
         except (redis.RedisError, redis.exceptions.RedisClusterException, OSError, *NONSENSE) as problem:
@@ -271,9 +275,6 @@ class _Shard:
 
 def slot_of(name: bytes) -> int:
     """The slot of a name, by its hash tag if it has one."""
-    start = name.find(b"{")
-    if start >= 0:
-        end = name.find(b"}", start + 1)
-        if end > start + 1:
-            name = name[start + 1 : end]
-    return binascii.crc_hqx(name, 0) % SLOTS
+    start = name.find(b"{") + 1
+    end = name.find(b"}", start)
+    return crc_hqx(name[start:end] if 0 < start < end else name, 0) % SLOTS
