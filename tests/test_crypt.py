@@ -336,6 +336,9 @@ def test_texts() -> None:
     for cause, work in wrong.items():
         assert cause_of(work) == cause
     assert cause_of(lambda: cipher.decrypt_text(token, context=b"models.json")) == "checksum"
+    data = cipher.encrypt_bytes(b"\0bytes\xff", context=b"name")
+    assert Cipher([KEY]).decrypt_bytes(data, context=b"name") == b"\0bytes\xff"
+    assert cause_of(lambda: cipher.decrypt_bytes(data, context=b"other")) == "checksum"
     for garbage in ("", "====", "é", "AQ" * 200, token[:-4], token[4:]):
         assert cause_of(lambda text=garbage: cipher.decrypt_text(text, context=b"models.json")) in frame.CAUSES
 
@@ -418,3 +421,24 @@ def test_tenants_with_one_key(tmp_path: Path) -> None:
         assert len(load(cache.bind(layout(b"a")))) == 4
         for other in (b"", b"b"):
             assert cache.bind(layout(other)).match(TOKENS).num_blocks == 0
+
+
+def test_values_and_their_names_are_encrypted_too(tmp_path: Path) -> None:
+    """Small values and the callers' keys stand in an index of their own."""
+    small, large = "a small private value", MARK.decode() * 100
+    path = tmp_path / "kept"
+    with kvkeep.open(path, memory="4MiB", disk="16MiB", encryption=lambda: KEY, namespace=b"t") as cache:
+        assert cache.set_value("the name of a patient", small)
+        assert cache.set_value(("another name", 7), large)
+        assert cache.flush(10)
+    data = b"".join(file.read_bytes() for file in path.rglob("*") if file.is_file())
+    for text in (small, "the name of a patient", "another name", MARK.decode(), "a patient"):
+        assert text.encode() not in data
+    assert {oct(file.stat().st_mode & 0o777) for file in path.rglob("*") if file.is_file()} == {"0o600"}
+    for key, namespace, expected in ((KEY, b"t", small), (OLD, b"t", None), (KEY, b"", None), (None, b"t", None)):
+        encryption = None if key is None else lambda key=key: key
+        with kvkeep.open(path, memory="4MiB", disk="16MiB", encryption=encryption, namespace=namespace) as cache:
+            assert cache.get_value("the name of a patient") == expected
+            if expected is not None:
+                assert cache.get_value(("another name", 7)) == large
+                assert cache.keys_of(small) == ["the name of a patient"]

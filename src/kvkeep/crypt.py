@@ -34,7 +34,7 @@ KEY_NBYTES = 32
 MESSAGES_PER_SALT = 1 << 16
 _READ_KEYS = 4096  # working keys that are kept for reading
 _HEAD = frame.SEAL_AT  # bytes of a frame's header that are authenticated
-_TEXT = b"\x01"  # the form of an encrypted text
+_SMALL = b"\x01"  # the form of what is small
 
 KeySource = str | os.PathLike[str] | Callable[[], bytes | str]
 """``"env:NAME"``, a file's path (``"file:…"`` too), or a callable. Each gives 32 bytes: raw, in hex or in base64."""
@@ -95,25 +95,34 @@ class Cipher:
         aead = self._to_read(b"kvkeep frame 1", namespace, header.key_id, header.salt)
         self._open(aead, header.nonce, payload, as_bytes(value)[:_HEAD], out)
 
-    def encrypt_text(self, text: str, *, context: bytes, namespace: bytes = b"") -> str:
-        """``text`` for a file or an index, in URL-safe ASCII. ``context`` says what it is: it must be given again."""
+    def encrypt_bytes(self, data: bytes, *, context: bytes, namespace: bytes = b"") -> bytes:
+        """Something small, for a file or an index. ``context`` says what it is, and must be given again."""
         key_id, salt, aead = self._to_write(b"kvkeep text 1", namespace)
         nonce = os.urandom(12)
-        return urlsafe_b64encode(_TEXT + key_id + salt + nonce + aead.encrypt(nonce, text.encode(), context)).decode()
+        return _SMALL + key_id + salt + nonce + aead.encrypt(nonce, data, context)
+
+    def decrypt_bytes(self, data: Buffer, *, context: bytes, namespace: bytes = b"") -> bytes:
+        """What :meth:`encrypt_bytes` made ``data`` of. ``FrameError`` as in :meth:`decrypt`, ``plain`` for anything
+        that it did not make."""
+        view = as_bytes(data)
+        if view[:1] != _SMALL or len(view) < 37 + TAG_NBYTES:
+            raise FrameError("plain", "not encrypted")
+        aead = self._to_read(b"kvkeep text 1", namespace, bytes(view[1:9]), bytes(view[9:25]))
+        out = bytearray(len(view) - 37 - TAG_NBYTES)
+        self._open(aead, bytes(view[25:37]), view[37:], context, memoryview(out))
+        return bytes(out)
+
+    def encrypt_text(self, text: str, *, context: bytes, namespace: bytes = b"") -> str:
+        """:meth:`encrypt_bytes` for a text, in URL-safe ASCII."""
+        return urlsafe_b64encode(self.encrypt_bytes(text.encode(), context=context, namespace=namespace)).decode()
 
     def decrypt_text(self, token: str, *, context: bytes, namespace: bytes = b"") -> str:
-        """What :meth:`encrypt_text` made ``token`` of. ``FrameError`` as in :meth:`decrypt`, ``plain`` for any text
-        that it did not make."""
+        """What :meth:`encrypt_text` made ``token`` of."""
         try:
             data = urlsafe_b64decode(token.encode("ascii"))
         except (ValueError, UnicodeEncodeError) as error:
-            raise FrameError("plain", "a text that is not encrypted") from error
-        if data[:1] != _TEXT or len(data) < 37 + TAG_NBYTES:
-            raise FrameError("plain", "a text that is not encrypted")
-        aead = self._to_read(b"kvkeep text 1", namespace, data[1:9], data[9:25])
-        out = bytearray(len(data) - 37 - TAG_NBYTES)
-        self._open(aead, data[25:37], memoryview(data)[37:], context, memoryview(out))
-        return out.decode()
+            raise FrameError("plain", "not encrypted") from error
+        return self.decrypt_bytes(data, context=context, namespace=namespace).decode()
 
     def _encrypt(self, header: Header, namespace: bytes, payload: Buffer, out: memoryview) -> bytes:
         key_id, salt, aead = self._to_write(b"kvkeep frame 1", namespace)

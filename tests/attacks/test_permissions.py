@@ -54,11 +54,12 @@ def test_files_are_0600_and_the_directory_0700(tmp_path: Path, there_before: boo
         bound = cache.bind(layout(), description="model")
         for start in range(0, 4000, 16):
             bound.save(range(start, start + 16), Ones())
+        assert cache.set_value("name", "value")
         assert cache.flush(10)
     if not there_before:
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
     found = modes(path)
-    assert {"models.json", "lock", "slab-000000.data", "slab-000000.log"} <= set(found)
+    assert {"models.json", "lock", "slab-000000.data", "slab-000000.log", "values.sqlite"} <= set(found)
     assert set(found.values()) == {"0o600"}, found
 
 
@@ -130,6 +131,35 @@ def test_a_link_in_place_of_a_log_that_is_being_made(tmp_path: Path) -> None:
         assert cache.flush(10)
     assert outside.read_bytes() == b"precious"
     assert not any(entry.is_symlink() for entry in path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "folder", "another user's"])
+def test_values_beside_what_was_planted(tmp_path: Path, kind: str) -> None:
+    """SQLite follows links and makes files for everybody to read, if it is let."""
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"precious" * 1000)
+    path = tmp_path / "kept"
+    path.mkdir()
+    for file in (path / "values.sqlite", path / "flight"):
+        match kind:
+            case "link":
+                file.symlink_to(outside)
+            case "dangling":
+                file.symlink_to(tmp_path / "made by a link")
+            case "pipe":
+                os.mkfifo(file)
+            case "folder":
+                file.mkdir()
+            case "another user's":
+                file.touch()
+                if os.geteuid() == 0:
+                    os.chown(file, 12345, 12345)
+    with kvkeep.open(path, memory="4MiB", disk="16MiB") as cache:
+        kept = cache.set_value("name", "value")
+        assert cache.get_value("name") == ("value" if kept else None)
+        assert cache.get_or_compute("other", lambda: 7) == 7
+    assert outside.read_bytes() == b"precious" * 1000
+    assert not (tmp_path / "made by a link").exists()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "deep", "large", "text", "list", "wrong entries"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -211,7 +212,7 @@ class SqliteIndex(Index):
         if self._closed:
             raise StoreError("this index is closed", cause="closed")
         if self._connection is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._make()
             database = sqlite3.connect(
                 self._path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=64
             )
@@ -223,6 +224,23 @@ class SqliteIndex(Index):
             self._connection = database
             self._file = _identity(self._path)
         return self._connection
+
+    def _make(self) -> None:
+        """The file, 0600, if it is not there. SQLite follows links, and would make it for everybody to read."""
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = _status(self._path)
+        if status is None:
+            # Made beside its place: closing the file itself would give up the locks of this process' connections to it.
+            made = self._path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.new")
+            made.unlink(missing_ok=True)
+            os.close(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+            with suppress(FileExistsError):
+                os.link(made, self._path)
+            made.unlink()
+        elif not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            raise StoreError(f"{self._path} is no file of this user")
+        elif status.st_mode & 0o077:
+            self._path.chmod(0o600)
 
     def _prepare(self, database: sqlite3.Connection) -> None:
         until = time.monotonic() + BUSY_SECONDS
@@ -259,12 +277,16 @@ class SqliteIndex(Index):
             self._connection = None
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def _status(path: Path) -> os.stat_result | None:
     try:
-        status = path.stat()
-    except OSError:
+        return path.lstat()
+    except FileNotFoundError:
         return None
-    return status.st_dev, status.st_ino
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    status = _status(path)
+    return None if status is None else (status.st_dev, status.st_ino)
 
 
 def _lives(born: Any, until: Any, now: float) -> bool:

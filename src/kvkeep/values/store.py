@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from kvkeep.breaker import Breaker
 from kvkeep.buffers import Buffer, BufferPool, as_bytes, nbytes_of
-from kvkeep.errors import StoreError
+from kvkeep.errors import FrameError, StoreError
 from kvkeep.events import Observer
 from kvkeep.flight import Flight
 from kvkeep.frame import MAX_PAYLOAD_NBYTES
@@ -104,7 +104,7 @@ class Values:
             entry = Entry(digest, nbytes, key, tuple(tags), stale if ttl is not None else 0.0, value)
             life = None if ttl is None else ttl + stale
             kept_nbytes = nbytes if value is None else 0
-            items.append(Item(name, encode(name, entry), life, digest, kept_nbytes))
+            items.append(Item(name, self._encoded(name, entry), life, digest, kept_nbytes))
         orphans = self._asked(lambda: self.index.set_many(items), "a write") if items else []
         if orphans is None:
             return 0
@@ -272,7 +272,9 @@ class Values:
         found = self._asked(lambda: self.index.get_many(names), "a lookup")
         if found is None:
             return [(None, False)] * len(names)
-        entries = [None if one is None else decode(name, one.body) for name, one in zip(names, found, strict=True)]
+        entries = [
+            None if one is None else self._decoded(name, one.body) for name, one in zip(names, found, strict=True)
+        ]
         now = self._tags_of([entry for entry in entries if entry is not None])
         result: list[tuple[Entry | None, bool]] = []
         for entry, one in zip(entries, found, strict=True):
@@ -285,6 +287,21 @@ class Values:
             else:
                 result.append((entry, one.left is None or one.left > entry.stale))
         return result
+
+    def _encoded(self, name: bytes, entry: Entry) -> bytes:
+        """With encryption all that could be read is encrypted: the caller's key, and a value that is in place."""
+        body, cipher = encode(name, entry), self._tiers.cipher
+        return body if cipher is None else cipher.encrypt_bytes(body, context=name, namespace=self._namespace)
+
+    def _decoded(self, name: bytes, body: bytes) -> Entry | None:
+        cipher = self._tiers.cipher
+        try:
+            return decode(
+                name, body if cipher is None else cipher.decrypt_bytes(body, context=name, namespace=self._namespace)
+            )
+        except FrameError as error:
+            self._observer.event("corrupt", tier="index", cause=error.cause)
+            return None
 
     def _tags_of(self, entries: Sequence[Entry]) -> dict[bytes, bytes]:
         tags = list({tag for entry in entries for tag, _ in entry.tags})
