@@ -338,7 +338,8 @@ class MemcachedStore(Store):
     def _ask(
         self, keys: Sequence[BlockKey], seconds: float, work: Callable[[Wire, Sequence[int]], Sequence[Any]]
     ) -> list[Any]:
-        """What ``work`` makes of the keys of each node; ``None`` for those of a node that fails now."""
+        """What ``work`` makes of the keys of each node; ``None`` for those of a node that fails now, or that is not
+        asked in time because another one failed."""
         self._check_open()
         with self._lock:
             ring, up = self._ring, len(self._nodes) > len(self._down)
@@ -350,6 +351,8 @@ class MemcachedStore(Store):
         replies: list[Any] = [None] * len(keys)
         deadline = time.monotonic() + seconds
         for name, group in groups.items():
+            if time.monotonic() >= deadline:
+                break  # another node took all the time: it is out now, and these are misses this once
             try:
                 got = self._nodes[name].exchange(deadline, lambda wire, group=group: work(wire, group))  # type: ignore[misc]
             except StoreError as error:
