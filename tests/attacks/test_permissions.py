@@ -140,7 +140,7 @@ def test_values_beside_what_was_planted(tmp_path: Path, kind: str) -> None:
     outside.write_bytes(b"precious" * 1000)
     path = tmp_path / "kept"
     path.mkdir()
-    for file in (path / "values.sqlite", path / "flight"):
+    for file in (path / "values.sqlite", path / "claims.lock"):
         match kind:
             case "link":
                 file.symlink_to(outside)
