@@ -76,7 +76,7 @@ class Engine:
         self._server = server
         python = sys.executable if server is None else server.python
         self._log = log
-        environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": os.getcwd()}
+        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.getcwd()}
         with log.open("a") as stream:
             self._process = subprocess.Popen(
                 [python, "-m", "bench.vllm_engine"],
@@ -90,20 +90,20 @@ class Engine:
         self._send({"options": options, "also": [server.process.pid] if server is not None else []})
 
     def __enter__(self) -> Engine:
-        self._receive()
+        try:
+            self._receive()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exc: object) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        try:
-            self._process.wait(60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        _wait(self._process)
         if self._server is not None:
             self._server.process.terminate()
-            self._server.process.wait(60)
+            _wait(self._server.process)
 
     def _send(self, request: dict[str, Any]) -> None:
         assert self._process.stdin is not None
@@ -127,6 +127,14 @@ class Engine:
         """Wait until all is written; CPU seconds of that."""
         self._send({"settle": True})
         return float(self._receive()["cpu"])
+
+
+def _wait(process: subprocess.Popen[Any]) -> None:
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 class Row:

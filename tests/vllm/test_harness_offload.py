@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,15 @@ from kvkeep.errors import ConfigError
 PAGE = 32
 CHUNKS = 8
 EVICTION = "kvkeep.engines.vllm.eviction"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_shared_memory_left() -> Iterator[None]:
+    """vLLM's regions outlive an engine that does not start."""
+    before = set(Path("/dev/shm").glob("vllm_offload_*"))
+    yield
+    for path in set(Path("/dev/shm").glob("vllm_offload_*")) - before:
+        path.unlink()
 
 
 def manager(policy: str) -> CPUOffloadingManager:
