@@ -9,9 +9,16 @@ from pathlib import Path
 import pytest
 
 import kvkeep
+from kvkeep import frame, registry
 from kvkeep.cache import KVCache
 from kvkeep.errors import ConfigError
+from kvkeep.events import Counters
+from kvkeep.opening import codec_named
+from kvkeep.policies.lru import LRU
+from kvkeep.stores.memory import MemoryStore
 from kvkeep.testing.codecs import gaussian, layout
+from kvkeep.tier import Tier
+from kvkeep.tiered import TieredStore
 
 LAYOUT = layout("bfloat16", block_tokens=64)
 TOKENS = list(range(64 * 6))
@@ -53,6 +60,97 @@ def test_memory_then_disk(tmp_path: Path, codec: str, policy: str) -> None:
         assert cache.flush(10)
         assert load(bound) == ALL_RIGHT  # promoted: from memory now
         assert cache.counters.count("corrupt") == 0
+
+
+LOSSY = ("int8", "uqz-hq", "uqz", "uqz-max", "int4")
+
+
+class Kept(Blocks):
+    """What comes out, to be compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks: list[bytes] = []
+
+    def write(self, index: int, payload: memoryview) -> None:
+        self.blocks.append(bytes(payload))
+
+
+def once(codec: str) -> list[bytes]:
+    """Each block after it has been through ``codec`` one time."""
+    lossy = registry.lookup("codecs", codec)()
+    out = []
+    for index in range(6):
+        room = bytearray(LAYOUT.block_nbytes)
+        stored = (lossy.encode if index else lossy.encode_first)(gaussian(LAYOUT, index), LAYOUT)
+        lossy.decode(stored, LAYOUT, memoryview(room))
+        out.append(bytes(room))
+    return out
+
+
+def three(memory: str, disk: str, remote: str) -> tuple[KVCache, list[MemoryStore]]:
+    counters = Counters()
+    stores = [MemoryStore(8 << 20) for _ in range(3)]
+    names = (("memory", memory), ("disk", disk), ("remote", remote))
+    tiers = [
+        Tier(name, store, policy=LRU, codec=registry.lookup("codecs", codec)(), observer=counters,
+             trusted=name == "memory")
+        for (name, codec), store in zip(names, stores, strict=True)
+    ]  # fmt: skip
+    store = TieredStore(tiers, codec=codec_named, observer=counters)
+    return KVCache(store, counters=counters, observer=counters).bind(LAYOUT), stores
+
+
+def codecs_in(store: MemoryStore) -> set[str]:
+    values = (store.get(key) for key, _ in store.items())
+    return {frame.parse(value)[0].codec for value in values if value is not None}
+
+
+@pytest.mark.parametrize("lossy", LOSSY)
+@pytest.mark.parametrize(
+    ("memory", "disk", "remote"),
+    [
+        ("raw", "X", "int4"),
+        ("X", "lossless", "int4"),
+        ("X", "uqz-max", "X"),
+        ("raw", "raw", "X"),
+        ("lossless", "X", "X"),
+    ],
+)
+def test_what_is_decoded_is_never_encoded_again(lossy: str, memory: str, disk: str, remote: str) -> None:
+    """Whatever way a block goes through the tiers, each answer is the block after exactly one encoding."""
+    asked = [lossy if codec == "X" else codec for codec in (memory, disk, remote)]
+    cache, stores = three(*asked)
+    with cache:
+        assert cache.save(TOKENS, Blocks()) == 6
+        assert cache.flush(30)
+        # A lossy memory decides for all: what lies below is what is above, never a copy of a copy.
+        below = [asked[0]] * 3 if asked[0] not in ("raw", "lossless") else asked
+        assert [codecs_in(store) for store in stores] == [{codec} for codec in below]
+        for gone in range(3):
+            got = Kept()
+            with cache.lease(cache.match(TOKENS)) as lease:
+                assert cache.load(lease, got) == len(TOKENS)
+            assert got.blocks == once(below[gone]), f"from tier {gone}"
+            cache.flush(30)  # promoted into memory as it is
+            for store in stores[: gone + 1]:
+                for key, _ in list(store.items()):
+                    store.delete(key)
+
+
+@pytest.mark.parametrize("lossy", LOSSY)
+def test_promoted_blocks_keep_their_codec(tmp_path: Path, lossy: str) -> None:
+    with kvkeep.open(tmp_path, memory="1MiB", disk="8MiB", codec={"disk": lossy}) as cache:
+        cache.bind(LAYOUT).save(TOKENS, Blocks())
+    with kvkeep.open(tmp_path, memory="1MiB", disk="8MiB", codec={"disk": "raw"}) as cache:
+        bound = cache.bind(LAYOUT)
+        for _ in range(2):  # from disk, then from memory
+            got = Kept()
+            with bound.lease(bound.match(TOKENS)) as lease:
+                bound.load(lease, got)
+            assert got.blocks == once(lossy)
+            assert cache.flush(10)
+        assert bound.save(TOKENS, Blocks()) == 0  # there already, as it is: not stored anew
 
 
 @pytest.mark.parametrize(("first", "second"), [("raw", "lossless"), ("lossless", "raw")])

@@ -283,6 +283,11 @@ class LeavesTheEnd(Raw):
         out[: len(view) - 1] = view[:-1]
 
 
+class OnlyLaterBlocks(Raw):
+    def encode_first(self, data: Buffer, layout: KVLayout) -> Buffer:
+        return bytes(layout.block_nbytes)
+
+
 @pytest.mark.parametrize(
     ("codec", "test"),
     [
@@ -292,6 +297,7 @@ class LeavesTheEnd(Raw):
         (LosesABit, lambda suite, codec: suite.test_every_pattern_of_16_bits(codec, "float16")),
         (LosesABit, lambda suite, codec: suite.test_round_trip(codec, "float32", "uniform")),
         (LeavesTheEnd, lambda suite, codec: suite.test_round_trip(codec, "int8", "tiny")),
+        (OnlyLaterBlocks, lambda suite, codec: suite.test_first_blocks_too(codec, "bfloat16", "uniform")),
     ],
 )
 def test_codec_suite(codec: type[Codec], test: Callable[[CodecSuite, Codec], None]) -> None:
