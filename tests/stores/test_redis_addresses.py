@@ -16,7 +16,7 @@ from kvkeep.errors import ConfigError, StoreError
 from kvkeep.stores import url
 from kvkeep.stores.redis import RedisStore, connect
 from kvkeep.stores.redis_servers import parse
-from kvkeep.testing.servers import RedisServer, Sentinels, redis_binary, redis_server, wait_for
+from kvkeep.testing.servers import RedisCluster, RedisServer, Sentinels, redis_binary, redis_server, wait_for
 from kvkeep.testing.stores import StoreSuite, key, value
 
 SECRETS = ("open-sesame", "open%2Fsesame", "open/sesame", "ali-baba")
@@ -97,6 +97,25 @@ def test_redis_py_itself(redis_own: RedisServer) -> None:
 
 # Users and TLS
 
+COMMANDS = "+get +set +getrange +exists +strlen +unlink +persist +pexpire +scan +ping +select +client|setname"
+"""What docs/remote.md says a user needs, for blocks."""
+OF_A_CLUSTER = "+asking +command +cluster|slots"
+
+
+def test_a_user_of_a_cluster(cluster_shared: RedisCluster) -> None:
+    for node in cluster_shared.nodes:
+        node.call(*f"ACL SETUSER ali-baba on >open-sesame resetkeys ~kvkeep:* -@all {COMMANDS} {OF_A_CLUSTER}".split())
+    address = cluster_shared.url.replace("//", "//ali-baba:open-sesame@") + "?lookup_timeout=5&load_timeout=5"
+    with contextlib.closing(url.open_store(address)) as store:
+        store.put_many([(key(number), [value(number)]) for number in range(20)])
+        store.put(key(99), [value(99, 9 << 20)])
+        assert store.contains_many([key(number) for number in range(21)]) == [True] * 20 + [False]
+        assert store.get(key(99)) == value(99, 9 << 20)
+        assert len(list(store.items())) == 21
+        store.ping()
+        store.ping_writes()
+        assert store.delete(key(99))
+
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -126,10 +145,7 @@ def tls(certificates: Path) -> Iterator[str]:
         "--tls-key-file", str(certificates / "server.key"), "--tls-ca-cert-file", str(certificates / "ca.crt"),
     ]  # fmt: skip
     with redis_server(*options) as server:
-        user = (
-            "ACL SETUSER ali-baba on >open/sesame resetkeys ~kvkeep:* ~suite*:* "
-            "+get +set +getrange +exists +strlen +unlink +persist +pexpire +scan +ping +select +client|setname"
-        )
+        user = f"ACL SETUSER ali-baba on >open/sesame resetkeys ~kvkeep:* ~suite*:* -@all {COMMANDS}"
         server.call(*user.split())
         yield f"rediss://ali-baba:open%2Fsesame@127.0.0.1:{port}/0?ssl_ca_certs={certificates / 'ca.crt'}"
 

@@ -241,7 +241,7 @@ class Node:
         """
         while True:
             wire, fresh = self._take(deadline)
-            wire.deadline = deadline
+            wire.begin(deadline)
             try:
                 reply = work(wire)
             except StoreError as error:
