@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from kvkeep.cli.check import check
 from kvkeep.cli.clear import clear
 from kvkeep.cli.demo import demo
 from kvkeep.cli.demo_vllm import demo_vllm
@@ -23,5 +24,5 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for command in (demo, stats, verify, clear, rotate, quality, replay, size, vllm_args, demo_vllm, version):
+for command in (demo, stats, check, verify, clear, rotate, quality, replay, size, vllm_args, demo_vllm, version):
     app.command()(command)

@@ -191,7 +191,7 @@ class MemcachedStore(Store):
         def work(wire: Wire, group: Sequence[int]) -> list[bool]:
             for index in group:
                 key, parts = items[index]
-                wire.deadline += sizes[index] / self._rate
+                wire.extend(sizes[index] / self._rate)
                 self._put(wire, self._name(key), b"".join(parts))
             return [True] * len(group)
 
@@ -258,7 +258,7 @@ class MemcachedStore(Store):
             line = _line(wire)
             if line[:3] == b"VA " and line[3:].isdigit() and int(line[3:]) <= PART_NBYTES:
                 nbytes = int(line[3:])
-                wire.deadline += nbytes / self._rate
+                wire.extend(nbytes / self._rate)
                 got.append(wire.value(rooms.enter_context(self._pool.borrow(nbytes))))
             elif line == b"EN":
                 got.append(None)
@@ -316,7 +316,7 @@ class MemcachedStore(Store):
             raise garbage(line)
 
     def _list(self, node: _Node, wire: Wire) -> dict[BlockKey, int]:
-        names = [name for name in node.dump(wire.deadline) if name.startswith(self._head)]
+        names = [name for name in node.dump(time.monotonic() + self._save_timeout) if name.startswith(self._head)]
         names = [name for name in names if len(name) == len(self._head) + 64]
         found: dict[BlockKey, int] = {}
         for name in names:
@@ -458,7 +458,7 @@ class _Node:
             wire = None
         if wire is None:
             wire = Wire(_Connection(self.host, self.port, deadline))
-        wire.deadline = deadline
+        wire.begin(deadline)
         try:
             reply = work(wire)
         except BaseException:

@@ -1,0 +1,90 @@
+"""check on real servers: what it reaches, what it measures, what it says to change, and that it leaves nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvkeep.cli.check import memcached_advice, redis_advice
+from kvkeep.testing.servers import memcached_server, redis_cluster, redis_server
+
+from .test_commands import run
+
+PATIENT = "?lookup_timeout=5&load_timeout=5"
+
+
+def test_all_tiers_of_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with redis_server("--maxmemory-policy", "noeviction", maxmemory="0") as server:
+        config = tmp_path / "kvkeep.toml"
+        config.write_text(
+            f'dir = "{tmp_path}/kept"\nmemory = "64MiB"\ndisk = "100TiB"\nremote = "{server.url}{PATIENT}"\n'
+        )
+        monkeypatch.setenv("KVKEEP_CONFIG", str(config))
+        result = run("check", "--json")
+        assert result.exit_code == 0, result.output
+        tiers = {each["tier"]: each for each in json.loads(result.stdout)["tiers"]}
+        assert list(tiers) == ["memory", "disk", "remote"]
+        for each in tiers.values():
+            assert each["reached"]
+            assert 0 < each["round_trip_ms"] < 5000
+            assert each["write_mb_s"] > 0
+            assert each["read_mb_s"] > 0
+        assert "are free" in tiers["disk"]["advice"][0]
+        assert [advice.split(" ")[1] for advice in tiers["remote"]["advice"]] == ["maxmemory", "maxmemory-policy"]
+        assert server.call("DBSIZE") == 0, "it deletes what it wrote"
+    assert not list((tmp_path / "kept").iterdir())
+
+
+def test_a_well_kept_server_has_nothing_to_change() -> None:
+    with redis_server() as server:
+        result = run("check", f"{server.url}{PATIENT}")
+        assert result.exit_code == 0, result.output
+        assert "Nothing to change" in result.stdout
+        server.call("CONFIG", "SET", "proto-max-bulk-len", "1mb")
+        assert "proto-max-bulk-len" in run("check", f"{server.url}{PATIENT}").stdout
+
+
+def test_a_cluster_is_asked_node_by_node() -> None:
+    with redis_cluster(3, 0, "--maxmemory-policy", "noeviction") as cluster:
+        result = run("check", f"{cluster.url}{PATIENT}", "--json")
+        (tier,) = json.loads(result.stdout)["tiers"]
+        assert len([advice for advice in tier["advice"] if "noeviction" in advice]) == 3
+
+
+def test_memcached_with_small_items_and_little_memory() -> None:
+    with memcached_server("-I", "512k", "-M") as server:
+        result = run("check", f"memcached://{server.where}{PATIENT}", "--json")
+        (tier,) = json.loads(result.stdout)["tiers"]
+        assert "full" in "".join(tier["advice"]) or "too large" in "".join(tier["advice"])
+        assert tier["reached"]
+    with memcached_server() as server:
+        result = run("check", f"memcached://{server.where}{PATIENT}", "--json")
+        (tier,) = json.loads(result.stdout)["tiers"]
+        assert tier["write_mb_s"] > 0
+        assert "-m 4096" in tier["advice"][0]
+
+
+def test_a_server_that_is_not_there_is_exit_status_1() -> None:
+    result = run("check", "redis://somebody:hunter2@127.0.0.1:1/0")
+    assert result.exit_code == 1
+    assert "unreachable" in result.stdout
+    assert "hunter2" not in result.output
+
+
+def test_a_wrong_address_is_exit_status_2() -> None:
+    result = run("check", "redsi://127.0.0.1")
+    assert result.exit_code == 2
+    assert "did you mean 'redis'" in result.output
+
+
+def test_advice() -> None:
+    assert redis_advice({"maxmemory": 1 << 30, "maxmemory_policy": "allkeys-lru"}) == []
+    assert "ttl" in redis_advice({"maxmemory": 1, "maxmemory_policy": "volatile-lru"})[0]
+    assert "appendonly" in redis_advice({"aof_enabled": 1})[0]
+    assert redis_advice({}) == []
+    assert memcached_advice({"limit_maxbytes": str(4 << 30)}) == []
+    assert "-I 1m" in memcached_advice({"item_size_max": "524288"})[0]
+    assert "-M" in memcached_advice({"evictions": "off"})[0]
+    assert "older" in memcached_advice({"version": "1.5.22"})[0]
