@@ -25,8 +25,8 @@ from kvkeep.policies.base import Access
 from kvkeep.stores.base import Item
 from kvkeep.tier import Tier
 from kvkeep.tiered import BATCH_NBYTES, TieredStore
-from kvkeep.values import open_values
-from kvkeep.values.face import ValueFace
+from kvkeep.values import open_values, report
+from kvkeep.values.face import ValueFace, ValueStats
 
 if TYPE_CHECKING:
     from kvkeep.trace.recording import Recorder
@@ -96,6 +96,22 @@ class Stats:
 
     tiers: tuple[TierStats, ...]
     events: tuple[dict[str, str | int], ...]
+    values: ValueStats | None = None
+    """None if nobody has asked for a value."""
+
+    def to_frame(self) -> report.Frame:
+        """One row for each event, tier and cause, with ``count`` and ``nbytes``; then what lies where: ``resident`` and
+        ``capacity`` of each tier, and names, values and savings of the key-value face. Needs the extra ``pandas``."""
+        lies: list[tuple[str, str, int, int]] = []
+        for tier in self.tiers:
+            lies += [("resident", tier.name, tier.blocks, tier.nbytes), ("capacity", tier.name, 0, tier.capacity or 0)]
+        if self.values is not None:
+            lies += [(f"values {what}", "", count, nbytes) for what, count, nbytes in self.values.rows()]
+        rows = [
+            {"event": what, "tier": tier, "cause": "", "count": count, "nbytes": nbytes}
+            for what, tier, count, nbytes in lies
+        ]
+        return report.frame([*self.events, *rows])
 
 
 class KVCache(ValueFace):
@@ -301,7 +317,8 @@ class KVCache(ValueFace):
 
     def stats(self) -> Stats:
         tiers = tuple(TierStats(tier.name, *tier.usage, tier.store.capacity) for tier in self.store.tiers)
-        return Stats(tiers, tuple(self.counters.rows()))
+        made = (self._root or self)._values
+        return Stats(tiers, tuple(self.counters.rows()), None if made is None else made.stats(self.counters))
 
     def _stored(self, keys: Sequence[BlockKey]) -> list[bool]:
         known = [False] * len(keys)

@@ -239,6 +239,23 @@ def test_with_small_memory_values_and_blocks_stay_in_their_room(tmp_path: Path) 
         assert cache.get_value("huge") is None
 
 
+def test_stats_and_their_frame(cache: KVCache) -> None:
+    assert cache.stats().values is None
+    for key in "abc":
+        cache.set_value(key, ARRAY)
+    cache.get_values(["a", "b", "missing"])
+    values = cache.stats().values
+    assert values is not None
+    assert (values.hits, values.misses, values.kept, values.shared) == (2, 1, 3, 2)
+    assert 2 * ARRAY.nbytes <= values.saved_nbytes <= 2 * ARRAY.nbytes + 1000
+    assert (values.names, values.distinct) in [(3, 1), (None, None)]
+    frame = cache.stats().to_frame().set_index(["event", "tier", "cause"])
+    assert frame.loc[("value_hit", "", ""), "count"] == 2
+    assert frame.loc[("resident", "memory", ""), "count"] == 1
+    assert frame.loc[("values saved", "", ""), "nbytes"] == values.saved_nbytes
+    assert not frame.index.duplicated().any()
+
+
 # Many that write at once
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
 if TYPE_CHECKING:
@@ -17,6 +18,37 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ValueStats:
+    """``hits`` to ``shared_nbytes`` count what this cache did since it was opened: ``shared`` are values whose bytes
+    were there already, so they were not stored again. The others are what stands in the index now, by whomever; None
+    where counting costs too much, as on a server: how many ``names``, the ``nbytes`` of their values, and how many of
+    these are ``distinct``. Values so small that they stand in the index itself have no bytes here."""
+
+    hits: int
+    misses: int
+    kept: int
+    shared: int
+    shared_nbytes: int
+    names: int | None = None
+    nbytes: int | None = None
+    distinct: int | None = None
+    distinct_nbytes: int | None = None
+
+    @property
+    def saved_nbytes(self) -> int:
+        """What storing equal values once saves now; where that is not known, what it has saved this cache."""
+        if self.nbytes is None or self.distinct_nbytes is None:
+            return self.shared_nbytes
+        return self.nbytes - self.distinct_nbytes
+
+    def rows(self) -> list[tuple[str, int, int]]:
+        """What, how many, how many bytes."""
+        known = [] if self.names is None else [("names", self.names, self.nbytes or 0)]
+        known += [] if self.distinct is None else [("distinct", self.distinct, self.distinct_nbytes or 0)]
+        return [*known, ("saved", self.shared, self.saved_nbytes)]
 
 
 class ValueFace(ABC):

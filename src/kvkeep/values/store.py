@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from kvkeep.breaker import Breaker
 from kvkeep.buffers import Buffer, BufferPool, as_bytes, nbytes_of
 from kvkeep.errors import FrameError, StoreError
-from kvkeep.events import Observer
+from kvkeep.events import Counters, Observer
 from kvkeep.flight import Flight
 from kvkeep.frame import MAX_PAYLOAD_NBYTES
 from kvkeep.identity import ModelIdentity, derive
@@ -31,8 +31,9 @@ from kvkeep.layout import KVLayout, LayerGroup
 from kvkeep.policies.base import Access
 from kvkeep.tiered import TieredStore
 from kvkeep.values.entry import MAX_TAGS, Entry, decode, encode
+from kvkeep.values.face import ValueStats
 from kvkeep.values.form import FormError, pack, unpack
-from kvkeep.values.index import Found, Index, Item, Usage
+from kvkeep.values.index import Found, Index, Item
 
 IN_PLACE_NBYTES = 64
 """A reference (digest, length, frame) costs more."""
@@ -258,8 +259,16 @@ class Values:
         mac.update(key)
         return mac.digest()
 
-    def usage(self) -> Usage | None:
-        return self._asked(self.index.usage, "a lookup")
+    def stats(self, counters: Counters) -> ValueStats:
+        usage = self._asked(self.index.usage, "a lookup")
+        return ValueStats(
+            counters.count("value_hit"),
+            counters.count("value_miss"),
+            counters.count("value_set"),
+            counters.count("value_shared"),
+            counters.nbytes("value_shared"),
+            *(usage or ()),
+        )
 
     def close(self) -> None:
         self.index.close()
