@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 
-START_SECONDS = 20.0
+START_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1
 
 
