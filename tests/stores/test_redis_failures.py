@@ -26,7 +26,6 @@ from kvkeep.testing.servers import (
     folder,
     proxy,
     redis_cluster,
-    redis_server,
     wait_for,
 )
 from kvkeep.testing.stores import key, value
