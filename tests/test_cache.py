@@ -267,7 +267,8 @@ def test_wrong_arguments_are_told_apart(tmp_path: Path) -> None:
             root.bind(LAYOUT).save(TOKENS, Source(TOKENS), start=5)
 
 
-def test_a_cache_closed_under_a_load_only_ends_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["raw", "lossless"])
+def test_a_cache_closed_under_a_load_only_ends_it(tmp_path: Path, codec: str) -> None:
     class Closing(Sink):
         def write(self, index: int, payload: memoryview) -> None:
             super().write(index, payload)
@@ -275,9 +276,9 @@ def test_a_cache_closed_under_a_load_only_ends_it(tmp_path: Path) -> None:
                 root.close()
 
     tokens = list(range(16 * 3000))
-    with kvkeep.open(tmp_path, memory="1MiB", disk="64MiB") as root:
+    with kvkeep.open(tmp_path, memory="1MiB", disk="64MiB", codec=codec) as root:
         root.bind(LAYOUT).save(tokens, Source(tokens))
-    root = kvkeep.open(tmp_path, memory="1MiB", disk="64MiB")
+    root = kvkeep.open(tmp_path, memory="1MiB", disk="64MiB", codec=codec)
     cache, sink = root.bind(LAYOUT), Closing()
     with cache.lease(cache.match(tokens)) as lease:
         assert cache.load(lease, sink) == 16 * sink.check(tokens)

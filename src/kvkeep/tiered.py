@@ -250,9 +250,10 @@ class TieredStore:
             opening: deque[Future[memoryview]] = deque()
             try:
                 for at in range(len(work)):
-                    while len(opening) < openers and at + len(opening) < len(work):
-                        opening.append(self._openers.submit(work[at + len(opening)]))
-                    yield opening.popleft().result()
+                    with suppress(RuntimeError):  # closed meanwhile
+                        while len(opening) < openers and at + len(opening) < len(work):
+                            opening.append(self._openers.submit(work[at + len(opening)]))
+                    yield opening.popleft().result() if opening else work[at]()
             finally:
                 wait(opening)  # they use the rooms, and what was read
 
