@@ -37,10 +37,10 @@ while True:
             turn += 1
             if turn == int(line) + 2:
                 cache.flush(10)
-                print("wrote", flush=True)
-    print(child, flush=True)
+                os.write(1, b"wrote\\n")
+    os.write(1, b"%d\\n" % child)
     os.waitpid(child, 0)
-    print("dead", flush=True)
+    os.write(1, b"dead\\n")
 """
 
 

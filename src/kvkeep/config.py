@@ -7,7 +7,7 @@
     disk = "20GiB"
     remote = "redis://host:6379/0"
     policy = "lru"
-    codec = "raw"
+    codec = "lossless"     # default: raw in memory, lossless below
     ttl = "30d"
     quota = "2GiB"         # of one namespace
     write_rule = "all"     # or "seen-twice", "predicted"

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache as memoize
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -20,6 +21,7 @@ from kvkeep.codecs.base import Codec
 from kvkeep.crypt import KeySource, open_cipher
 from kvkeep.errors import CodecError, ConfigError, nearest
 from kvkeep.events import Counters, Observer, Observers
+from kvkeep.policies.base import EvictionPolicy
 from kvkeep.quality import MAX_KL
 from kvkeep.sizes import parse_age, parse_size
 from kvkeep.stores.base import Store
@@ -67,7 +69,8 @@ def open(
     see :mod:`kvkeep.stores.url`. ``memory``, ``disk``: bytes, or a size such as ``"2GiB"``; 0 leaves the tier out.
 
     These take one value, or one for each tier, as in ``{"memory": "lru", "disk": "fifo"}``: ``policy`` evicts from
-    memory and disk (a server evicts by its own); ``codec`` is what blocks are stored in, by default raw;
+    memory and disk (a server evicts by its own); ``codec`` is what blocks are stored in, by
+    default ``raw`` in memory and ``lossless`` below (``raw`` without the extra ``zstd``);
     ``ttl`` is how long a block may be kept, in seconds or as ``"7d"``; ``quota`` is what the blocks of one namespace
     may take of memory and of disk, in this process: who needs more evicts its own. ``write_rule`` says which blocks
     are written down to disk and server: ``"all"``, ``"seen-twice"`` (by a second request) or ``"predicted"``;
@@ -102,8 +105,8 @@ def open(
         return Tier(
             name,
             store,
-            policy=registry.lookup("policies", _of(policy, name, DEFAULT_POLICY)) if owned else None,
-            codec=registry.lookup("codecs", _of(codec, name, None) or "raw")(),
+            policy=_policy(_of(policy, name, DEFAULT_POLICY)) if owned else None,
+            codec=registry.lookup("codecs", _of(codec, name, None) or _default_codec(name))(),
             observer=told,
             trusted=name == "memory",
             ttl=_seconds(_of(ttl, name, None)) if owned else None,
@@ -162,6 +165,11 @@ def _no_collector() -> Iterator[None]:
             gc.enable()
 
 
+def _default_codec(tier: str) -> str:
+    """As it is in memory, without loss below where zstandard is installed."""
+    return "raw" if tier == "memory" or find_spec("zstandard") is None else "lossless"
+
+
 def check_per_tier(option: str, value: Any) -> None:
     """Raise :class:`ConfigError` if ``value`` is a mapping that names a tier which does not exist."""
     if isinstance(value, Mapping):
@@ -173,6 +181,15 @@ def check_per_tier(option: str, value: Any) -> None:
 def _of(value: PerTier[T], name: str, default: T) -> T:
     """What ``value`` says for tier ``name``."""
     return value.get(name, default) if isinstance(value, Mapping) else value
+
+
+def _policy(name: str) -> type[EvictionPolicy]:
+    """The class called ``name``, made to evict from the ends of prompts if it does not by itself."""
+    found: type[EvictionPolicy] = registry.lookup("policies", name)
+    if found.leaf_first:
+        return found
+    leaf: type[EvictionPolicy] = registry.lookup("policies", f"{registry.LEAF}{name}")
+    return leaf
 
 
 def _rule(name: str) -> WriteRule | None:
