@@ -43,6 +43,9 @@ class EvictionPolicy(ABC):
     """
 
     name: ClassVar[str]
+    leaf_first: ClassVar[bool] = False
+    """Does a block go only after those that follow it in a prompt? Policies that do not see to that are wrapped by a
+    cache (:mod:`kvkeep.policies.leaf`): it learns of a prompt from the front, so the end would stay longest."""
 
     def __init__(self, capacity: int) -> None:
         """``capacity``: bytes that the resident blocks may take."""

@@ -22,6 +22,7 @@ class LeafFirst(EvictionPolicy):
     none, among all that is allowed.
     """
 
+    leaf_first: ClassVar[bool] = True
     inner: ClassVar[type[EvictionPolicy]]
 
     def __init__(self, capacity: int) -> None:
