@@ -1,0 +1,119 @@
+"""Several processes: two servers on one directory, one that is killed while it saves, ranks that share a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from serving import Answer, Engine, prompt
+
+PAGE = 32
+PROMPTS = [prompt(150, seed=8)[: 70 + 20 * n] + prompt(40, seed=80 + n) for n in range(4)]
+
+
+class Child:
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    def send(self, **job: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+
+    def do(self, **job: Any) -> list[Answer]:
+        self.send(**job)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the child is gone"
+        return [Answer(tuple(each["tokens"]), tuple(each["logprobs"]), each["cached"]) for each in json.loads(line)]
+
+
+@contextmanager
+def child(model: Path, **environment: str) -> Iterator[Child]:
+    command = [sys.executable, str(Path(__file__).with_name("child.py")), str(model)]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, **environment},
+    )
+    with process:
+        try:
+            yield Child(process)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)  # its workers would outlive it
+
+
+def test_two_servers_and_one_is_killed_while_it_saves(models: Callable[[str], Path], tmp_path: Path) -> None:
+    extra = {"dir": str(tmp_path), "memory": "32MiB", "disk": "128MiB", "block_tokens": 16, "aligned": True}
+    many = [prompt(400, seed=300 + n) for n in range(60)]
+    with child(models("gqa")) as other:
+        other.do(start=extra, options={"block_size": PAGE})
+        engine = Engine(models("gqa"), extra, block_size=PAGE)
+        other.do(ask=PROMPTS[:2])
+        own = other.do(ask=PROMPTS[:2])
+        other.do(flush=True)
+        assert engine.ask(PROMPTS[:2]) == own  # this server finds what the other one keeps
+        assert engine.count("load", tier="disk") > 0
+        engine.ask(PROMPTS[2:])
+        mine = engine.ask(PROMPTS[2:])
+        engine.cache.flush()
+        assert other.do(ask=PROMPTS[2:]) == mine  # and the other way round
+        before = len(list(tmp_path.glob("slab-*.data")))
+        other.send(ask=many)
+        while len(list(tmp_path.glob("slab-*.data"))) < before + 2:
+            assert other.process.poll() is None
+            time.sleep(0.005)
+        other.process.kill()
+        other.process.wait()
+    engine.forget()
+    assert engine.ask(PROMPTS) == [*own, *mine]
+    engine.stop()
+    engine = Engine(models("gqa"), extra, block_size=PAGE)
+    found = engine.ask(many[:12])
+    assert sum(answer.cached for answer in found) > 0
+    reference = Engine(models("gqa"), block_size=PAGE).ask(many[:12])
+    assert [answer.tokens for answer in found] == [answer.tokens for answer in reference]
+
+
+def test_ranks_keep_their_shards(models: Callable[[str], Path], tmp_path: Path) -> None:
+    """Two ranks, the scheduler and this: four processes, as a server has them. All ranks hit, or none."""
+    extra = {"dir": str(tmp_path), "memory": "32MiB", "disk": "128MiB", "block_tokens": 16, "aligned": True}
+    options = {"block_size": PAGE, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with child(models("gqa"), VLLM_ENABLE_V1_MULTIPROCESSING="1") as ranks:
+        ranks.do(start=extra, options=options)
+        ranks.do(ask=PROMPTS)
+        own = ranks.do(ask=PROMPTS)
+        ranks.do(forget=True)
+        assert ranks.do(ask=PROMPTS) == own
+        ranks.do(stop=True)
+        damage(tmp_path)
+        ranks.do(start=extra, options=options)
+        found = ranks.do(ask=PROMPTS)
+        assert [answer.tokens for answer in found] == [answer.tokens for answer in own]
+        assert sum(answer.cached for answer in found) > 0
+        ranks.do(forget=True)
+        assert [answer.tokens for answer in ranks.do(ask=PROMPTS)] == [answer.tokens for answer in own]
+        ranks.do(forget=True)
+        assert ranks.do(ask=PROMPTS) == own
+        ranks.do(stop=True)
+
+
+def damage(directory: Path) -> None:
+    """A byte in the first slab that holds anything: one rank's."""
+    slab = sorted(directory.glob("slab-*.data"))[0]
+    with slab.open("r+b") as file:
+        file.seek(12_000)
+        (byte,) = file.read(1)
+        file.seek(12_000)
+        file.write(bytes([byte ^ 0xFF]))
