@@ -17,7 +17,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from kvkeep import frame
 from kvkeep.buffers import Buffer, BufferPool, nbytes_of
@@ -43,6 +43,7 @@ OPENERS = min(4, os.cpu_count() or 1)
 """Threads that decrypt and decode the blocks of loads."""
 
 CodecLookup = Callable[[str], Codec]
+T = TypeVar("T")
 
 
 class _Write:
@@ -196,6 +197,23 @@ class TieredStore:
         finally:
             if ahead is not None:
                 ahead.discard()
+
+    def read_one(self, key: BlockKey, tier: Tier, layout: KVLayout, use: Callable[[memoryview], T]) -> T | None:
+        """What ``use`` makes of one block's payload, whose view dies afterwards; None if it is not there any more.
+        :meth:`blocks` without what it does for many, which costs as much as copying a megabyte."""
+        try:
+            with tier.store.read([key]) as (value,):
+                if value is None:
+                    return None
+                with self._pool.borrow(layout.block_nbytes) as room:
+                    made = use(self._open_frame(key, value, tier, layout, room))
+            self._observer.event("load", nbytes=layout.block_nbytes, tier=tier.name)
+            return made
+        except FrameError as error:
+            self._refuse(key, tier, error)
+        except StoreError as error:
+            tier.breaker.failed("a read", error)
+        return None
 
     def _reading(self, keys: Sequence[BlockKey], span: _Span, then: _Span | None = None) -> _Reading:
         hint = keys[then.start : then.end] if then is not None and then.tier is span.tier else ()
