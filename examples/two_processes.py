@@ -80,15 +80,17 @@ def main(model: str) -> None:
     from kvkeep.testing.servers import redis_server
 
     with tempfile.TemporaryDirectory() as folder, redis_server(maxmemory="1gb") as server:
-        a = Worker("A", model, f"{folder}/a", server.url)
-        b = Worker("B", model, f"{folder}/b", server.url)
+        # Three models on one machine keep it busy: a lookup may take longer than the usual 50 ms.
+        url = server.url + "?lookup_timeout=5&load_timeout=5&save_timeout=5"
+        a = Worker("A", model, f"{folder}/a", url)
+        b = Worker("B", model, f"{folder}/b", url)
         a.ask(QUESTIONS[0], "A reads")
         b.ask(QUESTIONS[0], "B reuses")
         b.ask(QUESTIONS[1], "another question")
         server.kill()
         a.ask(QUESTIONS[2], "Redis is dead")
         b.ask(QUESTIONS[2], "Redis is dead")
-        c = Worker("C", model, f"{folder}/c", server.url)
+        c = Worker("C", model, f"{folder}/c", url)
         c.ask(QUESTIONS[2], "a newcomer without Redis")
         for one in (a, b, c):
             one.end()

@@ -6,9 +6,12 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from kvkeep.testing.servers import RedisServer
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,6 +37,55 @@ def test_chat(tiny_model: Path, tmp_path: Path) -> None:
     assert first.startswith("0 of ")
     assert not second.startswith("0 of ")
     assert not run(program, tiny_model, tmp_path / "kept")[0].startswith("0 of ")
+
+
+COMPUTED_FIRST = (
+    "computed: A × B, A + B, A - B, X W + b, 9 elements, search 'rivers', features of 7, features of 7, "
+    "price of ACME, price of ACME"
+)
+COMPUTED_AGAIN = "computed: features of 7, price of ACME, price of ACME"
+PATIENT = "?lookup_timeout=20&load_timeout=20&save_timeout=20"
+
+
+@pytest.mark.parametrize("where", ["memory", "directory", "server"])
+def test_values(tmp_path: Path, where: str, request: pytest.FixtureRequest) -> None:
+    """Matrix work whole and by element, search results, features and a live price; on a server as the issue asks."""
+    program = ROOT / "examples" / "values.py"
+    place = {"memory": [], "directory": [str(tmp_path)]}.get(where)
+    if place is None:
+        place = [request.getfixturevalue("redis_shared").url + PATIENT]
+    lines = run(program, *place)
+    assert lines[0].startswith("C[1] = [11.4 13.6 15.8]")
+    assert "price: 101.5 101.5 102.25" in lines
+    assert lines[-1] == COMPUTED_FIRST
+    if where != "memory":
+        time.sleep(2.1)  # the price, which may be stale for a second, has gone
+        assert run(program, *place)[-1] == COMPUTED_AGAIN
+
+
+@pytest.mark.model
+def test_embeddings(redis_shared: RedisServer) -> None:
+    """A real encoder of the BERT type: each sentence is encoded once, also by the next process."""
+    program = ROOT / "examples" / "embeddings.py"
+    first = run(program, redis_shared.url + PATIENT)
+    assert first == [
+        "encoded: 4", "shape: (4, 384) float32", "nearest: Which river crosses the most countries?",
+        "same sentence, same vector: True",
+    ]  # fmt: skip
+    assert run(program, redis_shared.url + PATIENT) == ["encoded: 0", *first[1:]]
+
+
+@pytest.mark.model
+def test_two_processes(tiny_model: Path) -> None:
+    lines = run(ROOT / "examples" / "two_processes.py", tiny_model)
+    cached = [int(re.search(r"(\d+) of (\d+) tokens", line)[1]) for line in lines]  # type: ignore[index]
+    assert [line.split(":")[0] for line in lines] == [
+        "A reads", "B reuses", "another question", "Redis is dead", "Redis is dead", "a newcomer without Redis",
+    ]  # fmt: skip
+    assert cached[0] == 0
+    assert min(cached[1:5]) > 1000
+    assert "from remote" in lines[1]
+    assert cached[5] == 0
 
 
 @pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])

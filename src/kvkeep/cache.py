@@ -289,6 +289,8 @@ class KVCache(ValueFace):
         """What :meth:`set_value` and its like work on; made when it is asked for."""
         if self._root is not None:
             return self._root.values
+        if self._values is not None:
+            return self._values
         with self._making:
             if self._values is None:
                 self._values = open_values(

@@ -100,6 +100,15 @@ def test_arguments_by_name_position_and_default_are_the_same() -> None:
         key(f, object())
 
 
+def test_the_key_of_a_call_serves_the_plain_face_too(cache: KVCache) -> None:
+    double = cache.memoize(lambda x: x * 2)
+    assert double(W).tolist() == (W * 2).tolist()
+    assert cache.get_value(double.key(W)).tolist() == (W * 2).tolist()
+    assert cache.keys_of(W * 2) == [double.key(W)]
+    assert cache.delete_value(double.key(W))
+    assert cache.get_value(double.key(W)) is None
+
+
 def test_code_defaults_and_names_are_part_of_the_identity() -> None:
     sources = [
         "def f(x): return x + 1",

@@ -105,7 +105,8 @@ class ValueFace(ABC):
         ``wait`` seconds at most, then they compute too; or, for ``stale`` seconds after the ``ttl`` is over, they get
         the old value while one computes the new one.
         """
-        made: T = self.values.get_or_compute(key, compute, ttl=ttl, stale=stale, tags=tags, wait=wait)
+        values = self.values
+        made: T = values.get_or_compute(values.packed(key), compute, ttl=ttl, stale=stale, tags=tags, wait=wait)
         return made
 
     @overload
@@ -152,9 +153,10 @@ class ValueFace(ABC):
 
         @functools.wraps(function)
         def memoized(*args: Any, **kwargs: Any) -> Any:
-            key = identity.key(args, kwargs)
+            key = identity.packed(args, kwargs)
             compute = functools.partial(function, *args, **kwargs)
             return self.values.get_or_compute(key, compute, ttl=ttl, stale=stale, tags=tags, wait=wait)
 
+        # What get_value() and delete_value() take.
         memoized.key = lambda *args, **kwargs: identity.key(args, kwargs)  # type: ignore[attr-defined]
         return memoized

@@ -40,6 +40,7 @@ WRITES = frozenset(
 )  # fmt: skip
 """Methods that change a container; those of the same name of other types may change nothing."""
 LARGE_NBYTES = 4096
+DIGEST_NBYTES = 32
 
 
 class Identity:
@@ -59,10 +60,22 @@ class Identity:
         plain = isinstance(function, types.FunctionType)  # others have defaults that are no values
         self._signature = inspect.signature(function) if plain else None
         self._parts: _Parts | None = None
+        # Of a call with as many arguments as there are places for them, nothing has to be bound.
+        parameters = list(self._signature.parameters.values()) if self._signature else []
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self._complete = len(parameters) if all(one.kind in positional for one in parameters) else -1
+        self._before, self._after = b"".join(pack((self.name, bytes(DIGEST_NBYTES)))).split(b"00" * DIGEST_NBYTES)
 
     def key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, bytes]:
         """The key of a call. Raises ``TypeError`` on an argument that cannot be hashed by content."""
-        if self._signature is not None:
+        return self.name, self._digest(args, kwargs)
+
+    def packed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+        """The same as :func:`~kvkeep.values.form.pack` makes it, in a tenth of the time."""
+        return self._before + self._digest(args, kwargs).hex().encode() + self._after
+
+    def _digest(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+        if self._signature is not None and (kwargs or len(args) != self._complete):
             bound = self._signature.bind(*args, **kwargs)
             bound.apply_defaults()
             args, kwargs = bound.args, bound.kwargs
@@ -75,7 +88,7 @@ class Identity:
         for part in pack([[read() for read in parts.data], args, names, [kwargs[name] for name in names]]):
             fast = self._trusted and memoryview(part).nbytes > LARGE_NBYTES
             _add(digest, xxhash.xxh3_128_digest(part) if fast else part)
-        return self.name, digest.digest()
+        return digest.digest()
 
 
 class _Parts:

@@ -179,7 +179,7 @@ class Values:
 
     def get_or_compute(
         self,
-        key: Any,
+        key: bytes,
         compute: Callable[[], Any],
         *,
         ttl: float | None = None,
@@ -187,14 +187,14 @@ class Values:
         tags: Iterable[str] = (),
         wait: float = LONGEST_WAIT_SECONDS,
     ) -> Any:
-        """The value of ``key``, computed by one of all who ask for it now."""
-        packed = pack_key(key)
-        name = self.name(packed)
-        deadline = time.monotonic() + wait
+        """The value of a packed ``key``, computed by one of all who ask for it now."""
+        name = self.name(key)
+        deadline = 0.0
         while True:
             ((value, fresh),) = self.look_up([name], stale=stale > 0)
             if value is not MISSING and fresh:
                 return value
+            deadline = deadline or time.monotonic() + wait
             with self._lock:
                 call = self._calls.get(name)
                 leads = call is None
@@ -203,7 +203,7 @@ class Values:
                 elif value is MISSING:
                     call.followers += 1
             if leads:
-                return self._lead(call, name, packed, compute, value, deadline, ttl, stale, list(tags))
+                return self._lead(call, name, key, compute, value, deadline, ttl, stale, list(tags))
             if value is not MISSING:
                 return value
             self._observer.event("value_wait")
@@ -253,6 +253,9 @@ class Values:
             call.done.set()
 
     # Inside
+
+    def packed(self, key: Any) -> bytes:
+        return pack_key(key)
 
     def name(self, key: bytes) -> bytes:
         mac = self._naming.copy()
@@ -358,18 +361,18 @@ class Values:
         if not 0 < nbytes <= MAX_PAYLOAD_NBYTES:
             raise FormError(f"a value of {nbytes} bytes")
         layout = layout_of(nbytes, self._namespace)
-        # A server is not asked whether it has it: it will say when it is asked for the bytes.
-        place = next((tier for tier in self._tiers.tiers if not tier.owned or tier.contains_many([key])[0]), None)
-        if place is None:
-            return MISSING
-        value = MISSING
-        for _, payload in self._tiers.blocks([key], [place], layout):
-            value = unpack(payload)
-        if value is not MISSING:
-            now = time.time()
-            place.touch([(key, Access(now))])
-            self._tiers.promote([key], [place], layout, now)
-        return value
+        first = self._tiers.tiers[0]
+        for tier in self._tiers.tiers:
+            # A server is not asked whether it has it: it will say when it is asked for the bytes.
+            if tier.contains_many([key])[0] if tier.owned else tier.breaker.closed:
+                value = self._tiers.read_one(key, tier, layout, lambda payload: (unpack(payload),))
+                if value is not None:
+                    now = time.time()
+                    tier.touch([(key, Access(now))])
+                    if tier is not first:
+                        self._tiers.promote([key], [tier], layout, now)
+                    return value[0]
+        return MISSING
 
     def _forget(self, orphans: Sequence[bytes]) -> None:
         for digest in orphans:
