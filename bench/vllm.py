@@ -323,7 +323,8 @@ def main() -> None:
     given = parser.parse_args()
     OUT.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="kvkeep-bench-vllm-", dir=OUT) as name:
-        place, log = Path(name), Path(name) / "engines.log"
+        place, log = Path(name), OUT / "vllm-engines.log"
+        log.unlink(missing_ok=True)
         if given.only != "throughput":
             show(
                 "vllm",
