@@ -41,15 +41,15 @@ class _Contexts(threading.local):
 _contexts = _Contexts()
 
 
-def pack(streams: Sequence[Stream]) -> bytes:
-    """The streams in stored form."""
+def pack(streams: Sequence[Stream], head: bytes = b"", tail: bytes = b"") -> bytes:
+    """The streams in stored form, between ``head`` and ``tail``."""
     compressor = _contexts.compressor
     stored: list[Any] = []
     for stream in streams:
         packed = compressor.compress(stream.data)
         stored.append(packed if len(packed) < stream.nbytes - stream.nbytes // 32 else stream)
-    head = struct.pack(f"<{len(stored)}I", *(memoryview(part).nbytes for part in stored))
-    return b"".join([head, *stored])
+    lengths = struct.pack(f"<{len(stored)}I", *(memoryview(part).nbytes for part in stored))
+    return b"".join([head, lengths, *stored, tail])
 
 
 def unpack(view: memoryview, sizes: Sequence[int]) -> list[Stream]:

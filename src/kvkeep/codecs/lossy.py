@@ -40,8 +40,9 @@ class Lossy(Codec):
         prepare()
 
     @abstractmethod
-    def code(self, view: memoryview, layout: KVLayout, skip: int) -> Buffer | None:
-        """The block without its first ``skip`` tokens; None where it holds what cannot be coded."""
+    def code(self, view: memoryview, layout: KVLayout, skip: int, head: bytes, tail: bytes) -> Buffer | None:
+        """The block without its first ``skip`` tokens, between ``head`` and ``tail``; None where it holds what cannot
+        be coded."""
 
     @abstractmethod
     def undo(self, coded: memoryview, layout: KVLayout, out: memoryview) -> None:
@@ -57,11 +58,11 @@ class Lossy(Codec):
         view = as_bytes(data)
         if len(view) != layout.block_nbytes:
             raise CodecError(f"{len(view)} bytes are no block of {layout.block_nbytes}")
-        coded = self.code(view, layout, skip) if layout.dtype in FLOATS and skip < layout.block_tokens else None
-        if coded is None:
-            return b"".join([_head(AS_IS), view])
-        first = [part.tobytes() for part in first_tokens(view, layout, skip)] if skip else []
-        return b"".join([_head(CODED_WITH_FIRST if skip else CODED), coded, *first])
+        coded = None
+        if layout.dtype in FLOATS and skip < layout.block_tokens:
+            first = b"".join(part.tobytes() for part in first_tokens(view, layout, skip)) if skip else b""
+            coded = self.code(view, layout, skip, _head(CODED_WITH_FIRST if skip else CODED), first)
+        return b"".join([_head(AS_IS), view]) if coded is None else coded
 
     def decode(self, data: Buffer, layout: KVLayout, out: memoryview) -> None:
         view = as_bytes(data)
@@ -101,14 +102,17 @@ class Fixed(Lossy):
     def undo_group(self, stored: Array, x: Array, shape: Shape, dtype: str) -> None:
         """And back."""
 
-    def code(self, view: memoryview, layout: KVLayout, skip: int) -> Buffer | None:
-        stored = np.zeros(sum(map(self.nbytes, shapes(layout))), np.uint8)
-        at = 0
+    def code(self, view: memoryview, layout: KVLayout, skip: int, head: bytes, tail: bytes) -> Buffer | None:
+        stored = np.empty(len(head) + sum(map(self.nbytes, shapes(layout))) + len(tail), np.uint8)
+        at = len(head)
+        stored[:at] = np.frombuffer(head, np.uint8)
         for shape, x in groups(view, layout):
             end = at + self.nbytes(shape)
+            stored[end - 1] = 0  # nobody else may write it
             if not self.code_group(x, skip, stored[at:end], shape, layout.dtype):
                 return None
             at = end
+        stored[at:] = np.frombuffer(tail, np.uint8)
         return stored.data
 
     def undo(self, coded: memoryview, layout: KVLayout, out: memoryview) -> None:

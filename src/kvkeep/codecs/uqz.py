@@ -4,8 +4,9 @@ Keys lose their channels' mean over the block and are rounded to steps of ``k_st
 steps of ``v_step`` × the RMS of their token and head. Most numbers are then small, and zstd's Huffman coder takes them
 to their entropy. No calibration: all scales come from the block. A sequence's first tokens are exact.
 
-Stored form: the streams of :mod:`kvkeep.codecs.entropy`, over all layer groups one after the other: steps, tops and the
-means' upper bytes; the means' lower bytes (signed); levels; key numbers; value numbers (see :mod:`kvkeep.codecs.kernels`).
+Stored form: the streams of :mod:`kvkeep.codecs.entropy`, over all layer groups one after the other: steps, tops and
+the means' upper bytes; the means' lower bytes (signed); levels; key numbers; value numbers (see
+:mod:`kvkeep.codecs.kernels`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class UQZ(Lossy):
     grid: ClassVar[float] = 4.0
     """Steps between two means: they need not be exact, only known; about 0.8 of the RMS costs the fewest bits."""
 
-    def code(self, view: memoryview, layout: KVLayout, skip: int) -> Buffer | None:
+    def code(self, view: memoryview, layout: KVLayout, skip: int, head: bytes, tail: bytes) -> Buffer | None:
         whole = _arrays(layout)
         steps = (self.k_step, self.v_step, self.grid)
         for (shape, x), arrays in zip(groups(view, layout), _of_groups(whole, layout), strict=True):
@@ -39,17 +40,18 @@ class UQZ(Lossy):
                 return None
         k_steps, v_tops, means, levels, k, v = whole
         high = ((means + 128) >> 8).astype(np.uint8)  # so it is 0 for what the lower byte alone says, signs included
-        head = np.concatenate([k_steps.view(np.uint8), v_tops.view(np.uint8), high])
-        return entropy.pack([head, means.astype(np.uint8), levels, k.view(np.uint8), v.view(np.uint8)])
+        side = np.concatenate([k_steps.view(np.uint8), v_tops.view(np.uint8), high])
+        streams = [side, means.astype(np.uint8), levels, k.view(np.uint8), v.view(np.uint8)]
+        return entropy.pack(streams, head, tail)
 
     def undo(self, coded: memoryview, layout: KVLayout, out: memoryview) -> None:
         steps, tops, means, levels, k, v = _sizes(shapes(layout))
         streams = entropy.unpack(coded, [2 * steps + 2 * tops + means, means, levels, k, v])
-        head = streams[0]
-        high = head[2 * (steps + tops) :].astype(np.int16)
+        side = streams[0]
+        high = side[2 * (steps + tops) :].astype(np.int16)
         whole = (
-            head[: 2 * steps].view("<u2"),
-            head[2 * steps : 2 * (steps + tops)].view("<u2"),
+            side[: 2 * steps].view("<u2"),
+            side[2 * steps : 2 * (steps + tops)].view("<u2"),
             (high << 8) + streams[1].view(np.int8),
             streams[2],
             streams[3].view(np.int8),
