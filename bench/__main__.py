@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-ALL = ("bytes", "codecs", "crypt", "growth", "remote", "ttft", "values")
+ALL = ("bytes", "codecs", "crypt", "growth", "remote", "replay", "ttft", "values")
 
 names = sys.argv[1:] or ALL
 unknown = [name for name in names if name not in ALL]

@@ -44,6 +44,7 @@ class Engine:
         self.new_cache = transformers.DynamicCache
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, **options)
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+        self.tokenizer = tokenizer
         self.pad = tokenizer.eos_token_id
         text = next(Path(kvkeep.__file__).parent.glob("cli/*.txt")).read_text()
         self.ids = tokenizer(text * 3, return_tensors="pt").input_ids
