@@ -4,6 +4,8 @@ Either ``{"config": "kvkeep.toml"}`` or the same keys inline (:mod:`kvkeep.confi
 ``remote``, ``policy``, ``codec``, ``ttl``, ``block_tokens``, …); without any, what ``KVKEEP_CONFIG`` names or the
 defaults. Beside them:
 
+(``codec`` is raw for the disk unless it is given: a hit's time counts here more than its bytes.)
+
 ``aligned`` (false): hits end at vLLM's block boundaries only, as those of its own prefix cache do.
 ``async_load`` ("auto"): load while other requests are computed. ``true``, ``false``, or "auto": what lies on a remote
 store is loaded so; disk and memory are faster than a round of the scheduler.
@@ -12,7 +14,7 @@ store is loaded so; disk and memory are faster than a round of the scheduler.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from kvkeep import config as cache_config
@@ -47,12 +49,16 @@ def parse(extra: dict[str, Any]) -> Options:
             raise ConfigError(f"config is the path of a TOML file, not {path!r}")
         if rest:
             raise ConfigError(f"give {', '.join(sorted(rest))} in the file that config names, or leave config out")
-        return Options(cache_config.from_file(path), **own)
+        return Options(_fast(cache_config.from_file(path)), **own)
     known = [each.name for each in fields(Config)] + ["config", "aligned", "async_load", "share"]
     for name in rest:
         if name not in known:
             raise ConfigError(f"kv_connector_extra_config: no option {name!r}; {nearest(name, known)}")
-    return Options(cache_config.from_dict(rest) if rest else cache_config.load(), **own)
+    return Options(_fast(cache_config.from_dict(rest) if rest else cache_config.load()), **own)
+
+
+def _fast(cache: Config) -> Config:
+    return replace(cache, codec={"disk": "raw"}) if cache.codec is None else cache
 
 
 def _boolean(name: str, value: Any, more: str = "") -> bool:

@@ -93,39 +93,91 @@ class Pages:
     """All layers of a rank. ``layers``: name → vLLM's attention layer, ``caches``: name → its tensor."""
 
     def __init__(self, names: Sequence[str], layers: dict[str, Any], caches: dict[str, torch.Tensor]) -> None:
-        self._keep_alive = caches
+        self._names, self._caches = _unshared(names, caches)
         places: dict[tuple[Any, ...], Places] = {}
-        flats: list[Array] = []
         found: list[Places] = []
-        seen: set[int] = set()
-        for name in names:
-            cache, layer = caches[name], layers[name]
-            if cache.data_ptr() in seen:
-                continue  # a layer that shares another one's cache
-            seen.add(cache.data_ptr())
-            kind = (type(layer.impl), getattr(layer, "isa", ""), cache.shape[1:], cache.dtype)
+        for name, cache in zip(self._names, self._caches, strict=True):
+            kind = (type(layers[name].impl), getattr(layers[name], "isa", ""), cache.shape[1:], cache.dtype)
             if kind not in places:
-                places[kind] = _places(name, layer, cache)
+                places[kind] = self._places(name, layers[name], cache)
             found.append(places[kind])
-            flats.append(_flat(name, cache))
-        self.dtype = str(caches[names[0]].dtype).removeprefix("torch.")
-        self.page_tokens = int(caches[names[0]].shape[2])
+        self._found = found
+        self.dtype = str(self._caches[0].dtype).removeprefix("torch.")
+        self.page_tokens = int(self._caches[0].shape[2])
         groups: list[LayerGroup] = []
-        self.stacks: list[tuple[int, int, Stack]] = []  # group, its first layer in the group
-        for stack in (Stack(flat, each) for flat, each in _stacked(flats, found)):
-            like = LayerGroup(stack.num_layers, stack.heads, *stack.dims)
-            last = groups[-1] if groups else None
-            if last is not None and replace(last, num_layers=like.num_layers) == like:
-                groups[-1] = replace(last, num_layers=last.num_layers + like.num_layers)
+        for cache, each in zip(self._caches, found, strict=True):
+            v_dim = 0 if each.values is None else each.values.shape[1]
+            like = LayerGroup(1, int(cache.shape[1]), each.keys.shape[1], v_dim)
+            if groups and replace(groups[-1], num_layers=1) == like:
+                groups[-1] = replace(groups[-1], num_layers=groups[-1].num_layers + 1)
             else:
                 groups.append(like)
-            self.stacks.append((len(groups) - 1, groups[-1].num_layers - like.num_layers, stack))
         self.groups = tuple(groups)
+        self._prepare()
+
+    def _places(self, name: str, layer: Any, cache: torch.Tensor) -> Places:
+        return _probed(name, layer, cache)
+
+    def _prepare(self) -> None:
+        self.stacks = self.stacks_of([_flat(name, each) for name, each in zip(self._names, self._caches, strict=True)])
+
+    def stacks_of(self, flats: list[Array]) -> list[tuple[int, int, Stack]]:
+        """Group, its first layer in the group, and the layers, for all layers' pages."""
+        stacks: list[tuple[int, int, Stack]] = []
+        group = layer = 0
+        for stack in (Stack(flat, each) for flat, each in _stacked(flats, self._found)):
+            if layer == self.groups[group].num_layers:
+                group, layer = group + 1, 0
+            stacks.append((group, layer, stack))
+            layer += stack.num_layers
+        return stacks
 
     def blocks(self, layout: KVLayout, first: int, tokens: tuple[int, int], base: int, ids: Sequence[int]) -> Blocks:
         """A source and sink for ``tokens`` (first, end) of a request. ``first``: the block at which a sink begins;
         ``ids``: the request's engine blocks from number ``base`` on."""
         return Blocks(self, layout, first, tokens, base, ids)
+
+
+class DevicePages(Pages):
+    """Pages in an accelerator's memory: they are copied here and back, a window of them at a time."""
+
+    WINDOW = 64
+
+    def _places(self, name: str, layer: Any, cache: torch.Tensor) -> Places:
+        """A token's row holds its key, then its value: vLLM's common form ``[pages, heads, tokens, width]``."""
+        _, _, tokens, width = cache.shape
+        k_dim = width if hasattr(layer, "kv_lora_rank") else layer.head_size
+        v_dim = width - k_dim
+        if (
+            v_dim not in (0, getattr(layer, "head_size_v", k_dim))
+            or str(cache.dtype).removeprefix("torch.") not in _ONE
+        ):
+            raise ConfigError(f"{name}: rows of {width} {cache.dtype} values are not a key and a value of {k_dim}")
+        rows = np.arange(tokens)[:, None] * width
+        return Places(rows + np.arange(k_dim), rows + np.arange(k_dim, width) if v_dim else None)
+
+    def _prepare(self) -> None:
+        pass  # each use has a window of its own
+
+    def blocks(self, layout: KVLayout, first: int, tokens: tuple[int, int], base: int, ids: Sequence[int]) -> Blocks:
+        return DeviceBlocks(self, layout, first, tokens, base, ids)
+
+    def window(self) -> tuple[list[torch.Tensor], list[tuple[int, int, Stack]]]:
+        """Memory here for some pages of all layers."""
+        host = [torch.zeros((self.WINDOW, *cache.shape[1:]), dtype=cache.dtype) for cache in self._caches]
+        return host, self.stacks_of([_flat(name, each) for name, each in zip(self._names, host, strict=True)])
+
+    def fetch(self, ids: Sequence[int], host: list[torch.Tensor]) -> None:
+        """From the device."""
+        for cache, here in zip(self._caches, host, strict=True):
+            here[: len(ids)].copy_(cache[torch.tensor(ids, device=cache.device)])
+
+    def push(self, ids: Sequence[int], host: list[torch.Tensor]) -> None:
+        """To the device; done when it returns, whichever thread asks."""
+        for cache, here in zip(self._caches, host, strict=True):
+            cache[torch.tensor(ids, device=cache.device)] = here[: len(ids)].to(cache.device)
+        if self._caches[0].device.type != "cpu":
+            torch.accelerator.synchronize()
 
 
 class Blocks:
@@ -140,15 +192,28 @@ class Blocks:
 
     def read(self, index: int, out: memoryview) -> None:
         arrays = self._arrays(out)
-        for page, start, count, at in self._runs(index):
-            for (_, _, stack), outs in zip(self._pages.stacks, arrays, strict=True):
+        for at_page, start, count, at in self._runs(index):
+            page = self._reach(at_page, write=False)
+            for (_, _, stack), outs in zip(self._stacks, arrays, strict=True):
                 stack.read(page, start, count, outs, at)
 
     def write(self, index: int, payload: memoryview) -> None:
         arrays = self._arrays(payload)
-        for page, start, count, at in self._runs(self._first + index):
-            for (_, _, stack), blocks in zip(self._pages.stacks, arrays, strict=True):
+        for at_page, start, count, at in self._runs(self._first + index):
+            page = self._reach(at_page, write=True)
+            for (_, _, stack), blocks in zip(self._stacks, arrays, strict=True):
                 stack.write(page, start, count, blocks, at)
+
+    def flush(self) -> None:
+        """What was written is in the engine's memory when this returns."""
+
+    @property
+    def _stacks(self) -> list[tuple[int, int, Stack]]:
+        return self._pages.stacks
+
+    def _reach(self, at_page: int, *, write: bool) -> int:
+        """The request's page number ``base + at_page``, as the stacks count it."""
+        return self._ids[at_page]
 
     def _arrays(self, data: memoryview) -> list[list[Array]]:
         """Of each stack, the block's keys and values ``[layers, heads, tokens, dim]``."""
@@ -167,27 +232,62 @@ class Blocks:
                 parts.append(rows[:, split:].reshape(*shape, group.v_dim))
             groups.append(parts)
         return [
-            [part[layer : layer + stack.num_layers] for part in groups[group]]
-            for group, layer, stack in self._pages.stacks
+            [part[layer : layer + stack.num_layers] for part in groups[group]] for group, layer, stack in self._stacks
         ]
 
     def _runs(self, index: int) -> Iterator[tuple[int, int, int, int]]:
-        """Page, first token in it, tokens, first token in the block."""
+        """Place of the page in ``ids``, first token in it, tokens, first token in the block."""
         size, width = self._layout.block_tokens, self._pages.page_tokens
         low, high = self._tokens
         token, end = max(index * size, low), min((index + 1) * size, high)
         while token < end:
             start = token % width
             count = min(width - start, end - token)
-            yield self._ids[token // width - self._base], start, count, token - index * size
+            yield token // width - self._base, start, count, token - index * size
             token += count
+
+
+class DeviceBlocks(Blocks):
+    """The same through a window of pages here. Blocks come in order, so each page is copied once."""
+
+    def __init__(
+        self, pages: DevicePages, layout: KVLayout, first: int, tokens: tuple[int, int], base: int, ids: Sequence[int]
+    ) -> None:
+        super().__init__(pages, layout, first, tokens, base, ids)
+        self._device = pages
+        self._host, self._window = pages.window()
+        self._begin = self._end = 0  # of the window, in ids
+        self._dirty = False
+
+    def flush(self) -> None:
+        if self._dirty:
+            self._device.push(self._ids[self._begin : self._end], self._host)
+            self._dirty = False
+
+    @property
+    def _stacks(self) -> list[tuple[int, int, Stack]]:
+        return self._window
+
+    def _reach(self, at_page: int, *, write: bool) -> int:
+        if not self._begin <= at_page < self._end:
+            self.flush()
+            self._begin, self._end = at_page, min(at_page + self._device.WINDOW, len(self._ids))
+            self._device.fetch(self._ids[self._begin : self._end], self._host)
+        self._dirty |= write
+        return at_page - self._begin
+
+
+def _unshared(names: Sequence[str], caches: dict[str, torch.Tensor]) -> tuple[list[str], list[torch.Tensor]]:
+    """The layers that have a cache of their own: some share another one's."""
+    first: dict[int, str] = {}
+    for name in names:
+        first.setdefault(caches[name].data_ptr(), name)
+    return list(first.values()), [caches[name] for name in first.values()]
 
 
 def _flat(name: str, cache: torch.Tensor) -> Array:
     """``[pages, heads, values of a page]`` in the bits' type, a view."""
     pages, heads, tokens, width = cache.shape
-    if cache.device.type != "cpu":
-        raise ConfigError(f"{name}: its cache lies on {cache.device}; only the CPU's memory is served so far")
     if cache.stride(3) != 1 or cache.stride(2) != width or (heads > 1 and cache.stride(1) != tokens * width):
         raise ConfigError(f"{name}: its cache has strides {cache.stride()}, so a page is not in one piece")
     dtype = str(cache.dtype).removeprefix("torch.")
@@ -217,7 +317,7 @@ def _stacked(flats: list[Array], places: list[Places]) -> list[tuple[Array, Plac
     return runs
 
 
-def _places(name: str, layer: Any, cache: torch.Tensor) -> Places:
+def _probed(name: str, layer: Any, cache: torch.Tensor) -> Places:
     """Ask the layer's own kernel: write token numbers, then dimension numbers, into a page of its own."""
     _, heads, tokens, width = cache.shape
     mla = not hasattr(layer, "num_kv_heads") or hasattr(layer, "kv_lora_rank")

@@ -24,7 +24,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAtte
 from kvkeep.cache import KVCache, Match
 from kvkeep.engines.vllm import naming
 from kvkeep.engines.vllm.options import Options
-from kvkeep.engines.vllm.pages import Pages
+from kvkeep.engines.vllm.pages import DevicePages, Pages
 from kvkeep.engines.vllm.plan import DROPPED, Hello, Load, Plan, Report
 from kvkeep.engines.vllm.stats import KVKeepStats, Since
 from kvkeep.errors import ConfigError
@@ -50,7 +50,8 @@ class Worker:
     def register(self, caches: dict[str, torch.Tensor]) -> None:
         """Learn where the pages are, and open the cache."""
         layers = self._config.compilation_config.static_forward_context
-        self._pages = Pages(self._names, layers, caches)
+        on_cpu = next(iter(caches.values())).device.type == "cpu"
+        self._pages = (Pages if on_cpu else DevicePages)(self._names, layers, caches)
         if self._pages.page_tokens != self._page_tokens:
             raise ConfigError(f"pages of {self._pages.page_tokens} tokens in blocks of {self._page_tokens}")
         parallel = self._config.parallel_config
@@ -149,8 +150,10 @@ class Worker:
         places = self._cache.store.locate(keys)
         match = Match(keys[: len(places)], tuple(places), len(keys), layout.block_tokens)
         blocks = self._pages.blocks(layout, load.first, load.tokens, load.base, load.pages)
-        with self._cache.lease(match) as lease:
-            return load.first + self._cache.load(lease, blocks) // layout.block_tokens
+        with _unpinned(), self._cache.lease(match) as lease:  # a load may start threads
+            loaded = self._cache.load(lease, blocks)
+        blocks.flush()
+        return load.first + loaded // layout.block_tokens
 
     def _load_in_background(self, load: Load) -> None:
         reached = load.first
