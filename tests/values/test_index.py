@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from kvkeep.errors import StoreError
+from kvkeep.stores.base import Store
+from kvkeep.stores.memcached import MemcachedStore
 from kvkeep.stores.redis import RedisStore
 from kvkeep.testing.indexes import IndexSuite, group, name
-from kvkeep.testing.servers import RedisCluster, RedisServer
+from kvkeep.testing.servers import MemcachedServer, RedisCluster, RedisServer
 from kvkeep.values.index import Index, Item, MemoryIndex
+from kvkeep.values.memcached import MemcachedIndex
 from kvkeep.values.redis import RedisIndex
 from kvkeep.values.sqlite import FILE, SqliteIndex
 
 PATIENT = "?lookup_timeout=20&save_timeout=20"
 """A busy machine is not what is tested here."""
+
+_numbers = itertools.count()
 
 
 class TestMemory(IndexSuite):
@@ -34,19 +41,43 @@ class TestSqlite(IndexSuite):
         return SqliteIndex(path)
 
 
-class TestRedis(IndexSuite):
+class ServerSuite(IndexSuite):
+    """With stores that are closed after the test."""
+
+    @pytest.fixture(autouse=True)
+    def stores(self) -> Iterator[list[Store]]:
+        self.opened: list[Store] = []
+        yield self.opened
+        for store in self.opened:
+            store.close()
+
+
+class TestRedis(ServerSuite):
     @pytest.fixture(autouse=True)
     def server(self, redis_shared: RedisServer) -> None:
         self.url = redis_shared.url + PATIENT
 
     def make(self, path: Path) -> Index:
-        return RedisIndex(RedisStore.from_url(self.url))
+        store = RedisStore.from_url(self.url)
+        self.opened.append(store)
+        return RedisIndex(store)
 
 
 class TestCluster(TestRedis):
     @pytest.fixture(autouse=True)
     def server(self, cluster_shared: RedisCluster) -> None:
         self.url = cluster_shared.url + PATIENT
+
+
+class TestMemcached(ServerSuite):
+    @pytest.fixture(autouse=True)
+    def server(self, memcached_shared: MemcachedServer) -> None:
+        self.url = f"memcached://{memcached_shared.where}{PATIENT}&prefix=index{next(_numbers)}"
+
+    def make(self, path: Path) -> Index:
+        store = MemcachedStore.from_url(self.url)
+        self.opened.append(store)
+        return MemcachedIndex(store)
 
 
 def test_memory_stays_in_its_room_and_forgets_what_was_not_asked_for() -> None:

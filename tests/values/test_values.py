@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -28,15 +29,19 @@ from kvkeep.values.index import Item
 from kvkeep.values.store import layout_of
 
 PATIENT = "?lookup_timeout=20&load_timeout=20&save_timeout=20"
+_numbers = itertools.count()
 ARRAY = np.random.default_rng(0).standard_normal((300, 40))
 
 
-@pytest.fixture(params=["memory", "directory", "server", "directory and server"])
+@pytest.fixture(params=["memory", "directory", "server", "directory and server", "memcached server"])
 def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., KVCache]]:
     """Opens caches that share what can be shared."""
     kind = request.param
     url = None
-    if "server" in kind:
+    if "memcached" in kind:
+        where = request.getfixturevalue("memcached_shared").where
+        url = f"memcached://{where}{PATIENT}&prefix=values{next(_numbers)}"
+    elif "server" in kind:
         url = request.getfixturevalue("redis_shared").url + PATIENT
     with contextlib.ExitStack() as stack:
 

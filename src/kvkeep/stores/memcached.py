@@ -90,7 +90,7 @@ class MemcachedStore(Store):
             raise ConfigError(f"prefix {prefix!r}: 1 to 100 printable ASCII characters without spaces")
         self.prefix = prefix
         self._ttl = ttl
-        self._lookup_timeout, self._load_timeout, self._save_timeout = lookup_timeout, load_timeout, save_timeout
+        self.lookup_timeout, self._load_timeout, self.save_timeout = lookup_timeout, load_timeout, save_timeout
         self._rate = rate
         self._nodes = {f"{host}:{port}": _Node(host, port) for host, port in nodes}
         self._new_ring: Callable[..., Any] = uhashring.HashRing
@@ -141,7 +141,7 @@ class MemcachedStore(Store):
                 found.add(line[4:])
             return [name in found for name in names]
 
-        return [bool(there) for there in self._ask(keys, self._lookup_timeout, work)]
+        return [bool(there) for there in self.ask(keys, self.lookup_timeout, work)]
 
     def get(self, key: BlockKey) -> Buffer | None:
         return self.get_many([key])[0]
@@ -161,13 +161,13 @@ class MemcachedStore(Store):
                         got[at] = self._join(wire, self._name(keys[group[at]]), value, rooms)
                 return got
 
-            yield [value and value.toreadonly() for value in self._ask(keys, self._load_timeout, work)]
+            yield [value and value.toreadonly() for value in self.ask(keys, self._load_timeout, work)]
 
     def items(self) -> Iterator[tuple[BlockKey, int]]:
         """By the nodes' own dump of their keys, so without order."""
         found: dict[BlockKey, int] = {}
         for name in list(self._up()):
-            found.update(self._on(name, self._save_timeout, partial(self._list, self._nodes[name])))
+            found.update(self._on(name, self.save_timeout, partial(self._list, self._nodes[name])))
         return iter(list(found.items()))
 
     def ping(self) -> None:
@@ -198,7 +198,7 @@ class MemcachedStore(Store):
         # A node that failed has lost its values: they are given to those that are left.
         left = list(range(len(items)))
         while left:
-            done = self._ask([items[index][0] for index in left], self._save_timeout, _renumbered(work, left))
+            done = self.ask([items[index][0] for index in left], self.save_timeout, _renumbered(work, left))
             left = [index for index, stored in zip(left, done, strict=True) if not stored]
         return len(items)
 
@@ -213,7 +213,7 @@ class MemcachedStore(Store):
             replies = [_line(wire) for _ in (name, *parts)]
             return [replies[0] == b"HD"]
 
-        return bool(self._ask([key], self._save_timeout, work)[0])
+        return bool(self.ask([key], self.save_timeout, work)[0])
 
     def maintain(self) -> None:
         for name in list(self._down):
@@ -242,7 +242,7 @@ class MemcachedStore(Store):
                     told[name.decode("ascii", "replace")] = value.strip().decode("ascii", "replace")
             return told
 
-        return {name: self._on(name, self._save_timeout, work) for name in list(self._up())}
+        return {name: self._on(name, self.save_timeout, work) for name in list(self._up())}
 
     # What they are made of
 
@@ -316,7 +316,7 @@ class MemcachedStore(Store):
             raise garbage(line)
 
     def _list(self, node: _Node, wire: Wire) -> dict[BlockKey, int]:
-        names = [name for name in node.dump(time.monotonic() + self._save_timeout) if name.startswith(self._head)]
+        names = [name for name in node.dump(time.monotonic() + self.save_timeout) if name.startswith(self._head)]
         names = [name for name in names if len(name) == len(self._head) + 64]
         found: dict[BlockKey, int] = {}
         for name in names:
@@ -335,7 +335,7 @@ class MemcachedStore(Store):
 
     # Nodes
 
-    def _ask(
+    def ask(
         self, keys: Sequence[BlockKey], seconds: float, work: Callable[[Wire, Sequence[int]], Sequence[Any]]
     ) -> list[Any]:
         """What ``work`` makes of the keys of each node; ``None`` for those of a node that fails now, or that is not
@@ -387,7 +387,7 @@ class MemcachedStore(Store):
             return _line(wire)
 
         try:
-            self._nodes[name].exchange(time.monotonic() + self._save_timeout, work)
+            self._nodes[name].exchange(time.monotonic() + self.save_timeout, work)
         except StoreError:
             return
         with self._lock:

@@ -1,8 +1,9 @@
 """The plain key-value face: any bytes, arrays, frames and scalars under names of the caller's, with TTL and tags.
 
 ``form`` (and ``frames``, for pandas) say how a value becomes bytes and back, without pickle; ``index`` is where a name
-says which bytes are its own now, in memory, in a directory (``sqlite``) or on a server (``redis``); ``store`` joins
-them with the tiers; ``functions`` gives a function its name; ``face`` is what a cache shows of all this.
+says which bytes are its own now, in memory, in a directory (``sqlite``) or on a server (``redis``, ``memcached``);
+``store`` joins them with the tiers; ``functions`` gives a function its name; ``face`` is what a cache shows of all this
+and ``report`` its figures as a frame.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ SHARE = 64
 MIN_NBYTES, MAX_NBYTES = 128 << 10, 64 << 20
 
 
-INDEXES = {"kvkeep.stores.redis": "kvkeep.values.redis:RedisIndex"}
+INDEXES = {
+    "kvkeep.stores.redis": "kvkeep.values.redis:RedisIndex",
+    "kvkeep.stores.memcached": "kvkeep.values.memcached:MemcachedIndex",
+}
 """A store's module, and the index on the same medium. Beside other servers an index is local."""
 
 
