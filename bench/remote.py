@@ -12,7 +12,8 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from kvkeep.testing.servers import RedisServer, folder, redis_binary, redis_clus
 SIZES = {"360 KB": 360 << 10, "1.5 MB": 3 << 19, "6 MB": 6 << 20, "32 MB": 32 << 20}
 ROUND_NBYTES = 192 << 20
 REPEATS = 5
-WARM = 2
+WARM = 3
 """Rounds before those that count: they fill the server."""
 LOOKUP_KEYS = 1000
 
@@ -108,13 +109,14 @@ def measure(pid: int, count: int, nbytes: int, work: Callable[[int], Any]) -> fl
 class Contest:
     """One size of values over one socket: raw, redis-py, kvkeep in turn, so that a busy machine is unfair to none."""
 
-    def __init__(self, server: RedisServer, transport: str, nbytes: int, path: Path) -> None:
+    def __init__(self, servers: Sequence[RedisServer], transport: str, nbytes: int, path: Path) -> None:
+        """``servers``: one for redis-py, one for kvkeep, so that neither's values take the place of the other's."""
         self.nbytes = nbytes
         self.count = max(3, ROUND_NBYTES // nbytes)
-        self._server = server
-        url = server.unix_url if transport == "unix" else server.url
-        self._plain = redis.Redis.from_url(url)
-        self._store = RedisStore(url, load_timeout=5, save_timeout=30, lookup_timeout=5)
+        self._servers = servers
+        plain, own = [server.unix_url if transport == "unix" else server.url for server in servers]
+        self._plain = redis.Redis.from_url(plain, socket_timeout=60)
+        self._store = RedisStore(own, load_timeout=60, save_timeout=60, lookup_timeout=60)
         self._raw = RawPeer(transport, self.count, nbytes, path / f"{transport}{nbytes}")
         self._values = [os.urandom(1 << 12) + bytes(range(256)) * ((nbytes >> 8) - 16) for _ in range(self.count)]
         self._written = 0
@@ -125,7 +127,7 @@ class Contest:
                              "redis-py": self._set_plain, "kvkeep": self._set_store})  # fmt: skip
 
     def get(self) -> dict[str, Cost]:
-        self._server.call("FLUSHALL")
+        self._empty()
         first = self._written
         for number in range(self.count):
             self._set_plain(number)
@@ -139,13 +141,17 @@ class Contest:
         self._raw.close()
         self._store.close()
         self._plain.close()
-        self._server.call("FLUSHALL")
+        self._empty()
+
+    def _empty(self) -> None:
+        for server in self._servers:
+            server.call("FLUSHALL")
 
     def _rounds(self, ways: dict[str, Callable[[int], Any]]) -> dict[str, Cost]:
         costs: dict[str, Cost] = {how: [] for how in ways}
+        pids = [self._raw.pid, *(server.pid for server in self._servers)]
         for repeat in range(REPEATS + WARM):
-            for how, work in ways.items():
-                pid = self._raw.pid if how == "raw socket" else self._server.pid
+            for pid, (how, work) in zip(pids, ways.items(), strict=True):
                 cost = measure(pid, self.count, self.nbytes, work)
                 if repeat >= WARM:
                     costs[how].append(cost)
@@ -172,10 +178,11 @@ def key(number: int) -> BlockKey:
 
 def bytes_table(binary: str, title: str) -> None:
     rows: list[list[str]] = []
-    with redis_server(binary=binary, maxmemory="640mb") as server, folder() as path:
+    server = partial(redis_server, binary=binary, maxmemory=f"{ROUND_NBYTES * 3 // 2 >> 20}mb")
+    with server() as first, server() as second, folder() as path:
         for transport in ("unix", "tcp"):
             for label, nbytes in SIZES.items():
-                with contextlib.closing(Contest(server, transport, nbytes, path)) as contest:
+                with contextlib.closing(Contest((first, second), transport, nbytes, path)) as contest:
                     for what, costs in (("SET", contest.set()), ("GET", contest.get())):
                         least, median = min(costs["raw socket"]), statistics.median(costs["raw socket"])
                         for how, cost in costs.items():

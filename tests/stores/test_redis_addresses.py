@@ -198,6 +198,23 @@ def test_credentials_are_never_shown(tls: str, credentials: str, caplog: pytest.
         assert secret not in shown
 
 
+@pytest.mark.parametrize("kind", ["", "+sentinel", "+cluster"])
+def test_credentials_are_not_shown_when_nobody_answers(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    address = f"redis{kind}://ali-baba:open-sesame@127.0.0.1:1" + (
+        "/mymaster?sentinel_username=ali-baba&sentinel_password=open-sesame" if kind == "+sentinel" else ""
+    )
+    with caplog.at_level(logging.DEBUG), contextlib.closing(url.open_store(address)) as store:
+        with pytest.raises(StoreError) as raised:
+            store.contains(key(1))
+        assert raised.value.cause in ("unreachable", "timeout")
+        for call in (store.ping, lambda: list(store.items())):
+            with pytest.raises(StoreError) as again:
+                call()
+            assert "password" not in str(again.value)
+            shown = "".join(traceback.format_exception(again.value)) + repr(store) + caplog.text
+            assert not any(secret in shown for secret in SECRETS)
+
+
 def test_a_user_who_may_too_little(tls: str) -> None:
     with contextlib.closing(RedisStore(tls, prefix="forbidden", lookup_timeout=5)) as store:
         with pytest.raises(StoreError, match="may not use") as raised:

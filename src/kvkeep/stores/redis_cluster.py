@@ -39,6 +39,7 @@ class Cluster:
         self.address = address
         self._connect_timeout = connect_timeout
         self._prefix = prefix
+        self._nodes: dict[Place, _Shard] = {}
         self.reset()
         self._refresh()
 
@@ -52,7 +53,9 @@ class Cluster:
         self._changed = threading.Condition()
         self._client: Any = None
         self._slots: list[Place | None] = []
-        self._nodes: dict[Place, _Shard] = {}
+        for shard in self._nodes.values():
+            shard.node.reset()
+        self._nodes = {}
         self._reading = False
         self._reads = 0
         self._error: StoreError | None = None
@@ -194,6 +197,8 @@ class Cluster:
             self._changed.notify_all()
         for shard in nodes:
             shard.node.close()
+        if self._client is not None:
+            self._client.close()
 
     def _node(self, place: Place) -> _Shard:
         with self._changed:

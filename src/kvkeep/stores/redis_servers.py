@@ -192,7 +192,10 @@ NONSENSE = (ValueError, TypeError, LookupError, AttributeError)
 def failure(error: Exception) -> StoreError:
     """What redis-py raised, in our words. Its messages name hosts, never credentials."""
     from redis import exceptions
+    from redis.sentinel import MasterNotFoundError
 
+    if isinstance(error, MasterNotFoundError):  # whose message shows the clients' options
+        return StoreError("no Sentinel answers, or none knows this service", cause="unreachable")
     if isinstance(error, (exceptions.AuthenticationError, exceptions.NoPermissionError)):
         return refusal(b"-WRONGPASS ")
     if isinstance(error, (exceptions.TimeoutError, TimeoutError)):
@@ -223,12 +226,15 @@ class Node:
         """``make`` gives a connection that has not been connected."""
         self.name = name
         self._make = make
+        self._idle: list[Wire] = []
         self.reset()
 
     def reset(self) -> None:
-        """Forget all connections, as a forked child must."""
+        """Forget all connections, as a forked child must: closing its ends does not end its parent's."""
+        for wire in self._idle:
+            wire.close()
         self._changed = threading.Condition()
-        self._idle: list[Wire] = []
+        self._idle = []
         self._opening = 0
         self._failures = 0
         self._error = StoreError("never connected", cause="unreachable")
@@ -371,6 +377,7 @@ class Server:
 
     def close(self) -> None:
         self._node.close()
+        self.client.close()
 
 
 def ping(wire: Wire) -> None:

@@ -105,10 +105,8 @@ class Wire:
         """``connection``: redis-py's, connected."""
         self._deadline = 0.0
         self._grace = False
-        self._connection: Any = connection
-        self._socket: Any = (
-            self._connection._sock
-        )  # redis-py has no public name for it, and has had this one since 2009
+        self._connection = connection
+        self._socket = connection._sock  # redis-py has no public name for it, and has had this one since 2009
         self._encrypted = isinstance(self._socket, ssl.SSLSocket)
         if not self._encrypted:
             self._socket.settimeout(None)
