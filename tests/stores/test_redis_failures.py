@@ -215,11 +215,11 @@ def test_no_call_outlives_its_deadline(fault: str, redis_own: RedisServer) -> No
             options = "?lookup_timeout=0.1&load_timeout=0.1&save_timeout=0.1"
             with contextlib.closing(RedisStore.from_url(f"redis://127.0.0.1:{port}{options}")) as store:
                 if connected:
-                    wait_for(lambda: _answers(store), "the server does not answer")  # noqa: B023
+                    wait_for(lambda: _answers(store), "the server does not answer")
                     between.fault = fault
                 calls: list[Callable[[], object]] = [
-                    lambda: store.contains_many([key(1), key(2)]), lambda: store.get(key(1)),  # noqa: B023
-                    lambda: store.put(key(2), [value(2, 1 << 20)]), lambda: store.delete(key(2)),  # noqa: B023
+                    lambda: store.contains_many([key(1), key(2)]), lambda: store.get(key(1)),
+                    lambda: store.put(key(2), [value(2, 1 << 20)]), lambda: store.delete(key(2)),
                 ]  # fmt: skip
                 for call in calls:
                     start = time.monotonic()
