@@ -25,7 +25,7 @@ ROUNDS = 3
 
 
 def made(number: int) -> np.ndarray:
-    return np.full(1 << 17, float(number))
+    return np.random.default_rng(number).standard_normal(1 << 17)
 
 
 def of_array(array: np.ndarray) -> np.ndarray:

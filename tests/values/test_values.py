@@ -233,11 +233,12 @@ def test_lossy_codecs_leave_values_alone(tmp_path: Path, codec: str) -> None:
 
 def test_with_small_memory_values_and_blocks_stay_in_their_room(tmp_path: Path) -> None:
     with kvkeep.open(tmp_path, memory="1MiB", disk="2MiB") as cache:
-        for number in range(100):
-            cache.set_value(number, np.full(10_000, number))
+        arrays = [np.random.default_rng(number).standard_normal(10_000) for number in range(100)]
+        for number, array in enumerate(arrays):
+            cache.set_value(number, array)
         assert sum(tier.usage[1] for tier in cache.store.tiers) <= 3 << 20
         found = [cache.get_value(number) for number in range(100)]
-        assert all(one is None or np.array_equal(one, np.full(10_000, at)) for at, one in enumerate(found))
+        assert all(one is None or np.array_equal(one, array) for one, array in zip(found, arrays, strict=True))
         assert any(one is not None for one in found)
         assert cache.counters.count("value_miss", cause="lost") > 0
         assert not cache.set_value("huge", np.zeros(10 << 20, np.uint8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,7 +17,7 @@ from kvkeep.sizes import format_size, parse_age
 
 def clear(
     place: Place = None,
-    everything: Annotated[bool, typer.Option("--all", help="Drop every block.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Drop every block, and every value.")] = False,
     model: Annotated[
         str, typer.Option(help="Drop the blocks of this model: its name, or the start of its layout, as in stats.")
     ] = "",
@@ -56,10 +57,28 @@ def clear(
             and (not model or label(block.layout, known) == model or block.layout.hex().startswith(model.lower()))
         ]
         dropped = [block for block in wanted if kept.store.delete(block.key)]
+        names = forget_values(kept.directory) if everything and kept.directory is not None else 0
     console = Console(highlight=False)
     size = format_size(sum(block.nbytes for block in dropped))
-    console.print(f"{kept.name}: dropped {plural(len(dropped), 'block')}, {size}")
+    named = f", and {plural(names, 'name')} of values" if names else ""
+    console.print(f"{kept.name}: dropped {plural(len(dropped), 'block')}, {size}{named}")
     if len(dropped) < len(wanted):
         left = plural(len(wanted) - len(dropped), "block")
         console.print(f"{left} left: another process holds them")
         raise typer.Exit(1)
+
+
+def forget_values(directory: Path) -> int:
+    """Clear the index of values, if there is one; how many names it had."""
+    from kvkeep.errors import StoreError
+    from kvkeep.values.sqlite import FILE, SqliteIndex
+
+    if not (directory / FILE).exists():
+        return 0
+    index = SqliteIndex(directory)
+    try:
+        return index.clear()
+    except StoreError as error:
+        fail(f"the names of values could not be dropped: {error}")
+    finally:
+        index.close()

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvkeep import labels
 from kvkeep.events import Observer
 from kvkeep.tiered import TieredStore
 
@@ -36,7 +37,7 @@ def open_values(tiers: TieredStore, *, namespace: bytes, observer: Observer, dir
     """The index lies where most can see it: on the server if there is one, else in the directory, else in memory."""
     from kvkeep.flight import FileLocks, Flight, Locks, ServerLocks
     from kvkeep.values.index import Index, MemoryIndex
-    from kvkeep.values.store import Values
+    from kvkeep.values.store import Values, layout_of
 
     capacity = max(tier.store.capacity or 0 for tier in tiers.tiers) // SHARE
     capacity = min(max(capacity, MIN_NBYTES), MAX_NBYTES)
@@ -53,5 +54,7 @@ def open_values(tiers: TieredStore, *, namespace: bytes, observer: Observer, dir
         index = SqliteIndex(directory, capacity=capacity)
     else:
         index = MemoryIndex(capacity)
+    if directory is not None:
+        labels.note(directory, layout_of(1, namespace), "values", tiers.cipher)
     flight = Flight(locks, written=lambda: tiers.flush(0))
     return Values(tiers, index, flight, namespace=namespace, observer=observer)

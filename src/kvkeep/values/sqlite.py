@@ -146,6 +146,14 @@ class SqliteIndex(Index):
 
         return self._write(work)
 
+    def clear(self) -> int:
+        """Forget everything, and give the file's room back; how many entries there were."""
+        with self._working() as database:
+            count: int = database.execute("DELETE FROM entries").rowcount
+            database.execute("VACUUM")
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return count
+
     def ping(self) -> None:
         with self._working() as database:
             database.execute("SELECT 1 FROM entries LIMIT 1").fetchone()

@@ -16,7 +16,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 from kvkeep.breaker import Breaker
@@ -417,8 +417,16 @@ def _check_key(key: Any) -> None:
         raise TypeError(f"a key is a text, bytes, a number or a tuple of these, not a {type(key).__qualname__}")
 
 
+class ValueLayout(KVLayout):
+    """One opaque block of any size. All of a tenant's have one fingerprint: a frame's key and length say the rest."""
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        return derive(b"", b"kvkeep values layout 1", (self.identity.digest,))
+
+
 @lru_cache(maxsize=4096)
-def layout_of(nbytes: int, namespace: bytes) -> KVLayout:
-    """The layout of a value's bytes: one opaque block."""
+def layout_of(nbytes: int, namespace: bytes) -> ValueLayout:
+    """The layout of a value's bytes."""
     identity = ModelIdentity(weights="kvkeep values 1", kv_dtype="uint8", namespace=namespace)
-    return KVLayout(identity, (LayerGroup(1, 1, nbytes, 0),), "uint8", block_tokens=1)
+    return ValueLayout(identity, (LayerGroup(1, 1, nbytes, 0),), "uint8", block_tokens=1)
