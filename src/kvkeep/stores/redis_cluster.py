@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from binascii import crc_hqx
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -64,10 +65,10 @@ class Cluster:
     def ask(self, names: Sequence[bytes], seconds: float, work: Work) -> Sequence[Any]:
         deadline = time.monotonic() + seconds
         slots = self._map(deadline)
-        groups: dict[Place | None, list[int]] = {place: [] for place in set(slots)}
-        for index, name in enumerate(names):
-            groups[slots[slot_of(name)]].append(index)
-        todo = {(place, False): group for place, group in groups.items() if group}
+        groups: dict[Place | None, list[int]] = defaultdict(list)
+        for index, slot in enumerate([slot_of(name) for name in names]):
+            groups[slots[slot]].append(index)
+        todo = {(place, False): group for place, group in groups.items()}
         replies: list[Any] = [None] * len(names)
         for redirects in range(MOST_REDIRECTS):
             if redirects > 2:  # a slot that is just changing hands: for a moment both nodes may deny it
