@@ -133,6 +133,7 @@ class Prompt:
         self.asked: tuple[int, Future[int]] | None = None  # the remote store: from which block on
         self.far = False  # are some blocks on the remote store only?
         self.hit = (0, False)  # the last answer to vLLM: end of the hit, loaded in the background?
+        self.counted = False
         self.lost = False  # a load failed: compute, do not ask again
 
     def name(self, tokens: int) -> int:
@@ -302,12 +303,9 @@ class Scheduler:
         total = prompt.name(prompt.request.num_tokens)
         if not fresh:
             near = self._index.prefix(prompt.keys(0, total))
-            if prompt.looked is None:
-                if near < total and (asked := self._index.beyond(prompt.keys(near, total))) is not None:
-                    prompt.asked = (near, asked)
-                self._counters.event("lookup")
-                self._counters.event("hit_tokens", near * self._size)
-                self._counters.event("miss_tokens", (total - near) * self._size)
+            if prompt.looked is None and near < total:
+                far = self._index.beyond(prompt.keys(near, total))
+                prompt.asked = None if far is None else (near, far)
             prompt.looked = (now, self._index.version)
             prompt.stored, prompt.far = near, False
         if prompt.asked is not None:
@@ -316,6 +314,11 @@ class Scheduler:
                 return False
             if start + asked.result() > prompt.stored:
                 prompt.stored, prompt.far = start + asked.result(), True
+        if not prompt.counted:
+            prompt.counted = True
+            self._counters.event("lookup")
+            self._counters.event("hit_tokens", prompt.stored * self._size)
+            self._counters.event("miss_tokens", (total - prompt.stored) * self._size)
         return True
 
     def _computed_elsewhere(self, prompt: Prompt, tokens: int) -> bool:
