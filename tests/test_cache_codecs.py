@@ -177,7 +177,7 @@ def test_without_its_library_a_frame_is_a_miss(tmp_path: Path) -> None:
         "bound = cache.bind(LAYOUT)\n"
         "assert bound.match(TOKENS).num_blocks == 6\n"
         "assert load(bound) == []\n"
-        "assert cache.counters.count('corrupt', cause='codec') == 1\n"
+        "assert cache.counters.count('corrupt', cause='unknown') == 1\n"
         "assert bound.save(TOKENS, Blocks()) >= 1\n"
         "cache.close(); print('went on')\n"
     )

@@ -350,7 +350,7 @@ def test_texts() -> None:
 def directory(tmp_path: Path) -> Path:
     """Four encrypted blocks on disk."""
     path = tmp_path / "kept"
-    with kvkeep.open(path, memory="4MiB", disk="16MiB", encryption=lambda: KEY) as cache:
+    with kvkeep.open(path, memory="4MiB", disk="16MiB", codec="raw", encryption=lambda: KEY) as cache:
         assert cache.bind(layout(), description="a secret model").save(TOKENS, Marked()) == 4
         assert cache.flush(10)
     return path
@@ -427,7 +427,7 @@ def test_values_and_their_names_are_encrypted_too(tmp_path: Path) -> None:
     """Small values and the callers' keys stand in an index of their own."""
     small, large = "a small private value", MARK.decode() * 100
     path = tmp_path / "kept"
-    with kvkeep.open(path, memory="4MiB", disk="16MiB", encryption=lambda: KEY, namespace=b"t") as cache:
+    with kvkeep.open(path, memory="4MiB", disk="16MiB", codec="raw", encryption=lambda: KEY, namespace=b"t") as cache:
         assert cache.set_value("the name of a patient", small)
         assert cache.set_value(("another name", 7), large)
         assert cache.flush(10)

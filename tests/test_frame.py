@@ -196,4 +196,4 @@ def test_an_unsealed_frame_is_not_verified_but_parsed() -> None:
 def test_every_cause_can_occur_and_is_explained() -> None:
     assert all(frame.CAUSES.values())
     assert {"short", "long", "magic", "version", "key", "layout", "size", "checksum", "codec"} < set(frame.CAUSES)
-    assert {"locked", "plain"} < set(frame.CAUSES)  # tests/test_crypt.py
+    assert {"locked", "plain", "unknown"} < set(frame.CAUSES)  # tests/test_crypt.py

@@ -55,7 +55,7 @@ def spent(tier: Tier, namespace: bytes) -> int:
 
 @pytest.mark.parametrize("tier", ["memory", "disk"])
 def test_a_tenant_over_its_quota_evicts_its_own(tmp_path: Path, tier: str) -> None:
-    with kvkeep.open(tmp_path / "kept", memory="8MiB", disk="16MiB", quota={tier: QUOTA}) as cache:
+    with kvkeep.open(tmp_path / "kept", memory="8MiB", disk="16MiB", codec="raw", quota={tier: QUOTA}) as cache:
         save(cache, b"small", 0, 5)
         save(cache, b"large", 0, 50)
         assert found(cache, b"large", 50, tier) == list(range(40, 50)), "the oldest went"
@@ -74,7 +74,7 @@ def test_a_tenant_over_its_quota_evicts_its_own(tmp_path: Path, tier: str) -> No
 def test_a_quota_holds_after_a_restart(tmp_path: Path, encryption: object) -> None:
     """The ledger comes back from the blocks' headers: whose they are stands in each."""
     quota = QUOTA + 10 * frame.TAG_NBYTES
-    options = {"memory": 0, "disk": "16MiB", "encryption": encryption, "quota": quota}
+    options = {"memory": 0, "disk": "16MiB", "codec": "raw", "encryption": encryption, "quota": quota}
     with kvkeep.open(tmp_path / "kept", **options) as cache:  # type: ignore[arg-type]
         save(cache, b"a", 0, 10)
         save(cache, b"b", 0, 3)
@@ -89,7 +89,7 @@ def test_a_quota_holds_after_a_restart(tmp_path: Path, encryption: object) -> No
 
 def test_a_quota_over_blocks_that_another_process_left(tmp_path: Path) -> None:
     """Slabs that are taken over later have tenants, too."""
-    options = {"memory": 0, "disk": "16MiB", "quota": QUOTA}
+    options = {"memory": 0, "disk": "16MiB", "codec": "raw", "quota": QUOTA}
     first = kvkeep.open(tmp_path / "kept", **options)  # type: ignore[arg-type]
     save(first, b"a", 0, 10)
     second = kvkeep.open(tmp_path / "kept", **options)  # type: ignore[arg-type]
@@ -105,7 +105,7 @@ def test_a_quota_over_blocks_that_another_process_left(tmp_path: Path) -> None:
 
 
 def test_pins_and_priorities_within_a_quota(tmp_path: Path) -> None:
-    with kvkeep.open(tmp_path / "kept", memory="8MiB", disk="16MiB", quota={"disk": QUOTA}) as cache:
+    with kvkeep.open(tmp_path / "kept", memory="8MiB", disk="16MiB", codec="raw", quota={"disk": QUOTA}) as cache:
         bound = cache.bind(layout(b"a"))
         bound.pin([0] * 16)
         save(cache, b"a", 0, 1)
@@ -115,7 +115,7 @@ def test_pins_and_priorities_within_a_quota(tmp_path: Path) -> None:
 
 
 def test_what_no_eviction_makes_room_for_is_dropped_and_counted(tmp_path: Path) -> None:
-    with kvkeep.open(tmp_path / "kept", memory="8MiB", disk="16MiB", quota={"disk": BLOCK - 1}) as cache:
+    with kvkeep.open(tmp_path / "kept", memory="8MiB", disk="16MiB", codec="raw", quota={"disk": BLOCK - 1}) as cache:
         save(cache, b"a", 0, 3)
         assert found(cache, b"a", 3, "disk") == []
         assert cache.counters.count("dropped", tier="disk", cause="quota") == 3

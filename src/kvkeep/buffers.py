@@ -7,7 +7,9 @@ hot path allocates: it borrows from a :class:`BufferPool` or writes into an aren
 from __future__ import annotations
 
 import mmap
+import os
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -60,6 +62,13 @@ class BufferPool:
         self._free: dict[int, list[memoryview]] = {}
         self._kept = 0
         self._lock = threading.Lock()
+        _pools.add(self)
+
+    def after_fork(self) -> None:
+        """In a forked child: a thread that held the lock does not exist there."""
+        self._lock = threading.Lock()
+        self._free = {}
+        self._kept = 0
 
     @contextmanager
     def borrow(self, nbytes: int) -> Iterator[memoryview]:
@@ -79,6 +88,17 @@ class BufferPool:
                 if self._kept + size <= self._limit:
                     self._free.setdefault(size, []).append(whole)
                     self._kept += size
+
+
+_pools: weakref.WeakSet[BufferPool] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for pool in list(_pools):
+        pool.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _size_class(nbytes: int) -> int:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import binascii
 import os
-import threading
 from base64 import b64decode, urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -59,7 +58,6 @@ class Cipher:
         self.key_ids = tuple(self._keys)
         self._writing: dict[tuple[bytes, bytes], _Writing] = {}
         self._reading: dict[tuple[bytes, bytes, bytes, bytes], AESGCM] = {}
-        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"Cipher({', '.join(key_id.hex() for key_id in self.key_ids)})"
@@ -143,13 +141,13 @@ class Cipher:
             raise FrameError("checksum", "the tag of what was encrypted does not match") from None
 
     def _to_write(self, purpose: bytes, namespace: bytes) -> tuple[bytes, bytes, AESGCM]:
-        with self._lock:
-            writing = self._writing.get((purpose, namespace))
-            if writing is None or not writing.left:
-                salt = os.urandom(16)
-                aead = self._to_read(purpose, namespace, self.key_ids[0], salt)
-                writing = self._writing[purpose, namespace] = _Writing(salt, aead)
-            writing.left -= 1
+        # No lock, which a fork could leave locked: at worst two threads draw a salt each, or use one a little longer.
+        writing = self._writing.get((purpose, namespace))
+        if writing is None or writing.left <= 0:
+            salt = os.urandom(16)
+            aead = self._to_read(purpose, namespace, self.key_ids[0], salt)
+            writing = self._writing[purpose, namespace] = _Writing(salt, aead)
+        writing.left -= 1
         return self.key_ids[0], writing.salt, writing.aead
 
     def _to_read(self, purpose: bytes, namespace: bytes, key_id: bytes, salt: bytes) -> AESGCM:

@@ -5,7 +5,9 @@ One protocol with one method. An observer is called on the path of a request: it
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections import Counter
 from typing import Protocol
 
@@ -45,6 +47,11 @@ class Counters:
         self._counts: Counter[tuple[str, str, str]] = Counter()
         self._nbytes: Counter[tuple[str, str, str]] = Counter()
         self._lock = threading.Lock()
+        _counters.add(self)
+
+    def after_fork(self) -> None:
+        """In a forked child: a thread that held the lock does not exist there."""
+        self._lock = threading.Lock()
 
     def event(self, kind: str, count: int = 1, *, nbytes: int = 0, tier: str = "", cause: str = "") -> None:
         key = (kind, tier, cause)
@@ -69,6 +76,17 @@ class Counters:
             {"event": kind, "tier": tier, "cause": cause, "count": count, "nbytes": nbytes.get((kind, tier, cause), 0)}
             for (kind, tier, cause), count in sorted(counts.items())
         ]
+
+
+_counters: weakref.WeakSet[Counters] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for counters in list(_counters):
+        counters.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class Observers:

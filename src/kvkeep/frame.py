@@ -61,7 +61,8 @@ CAUSES: dict[str, str] = {
     "layout": "another model's, or another layout's, frame",
     "size": "a length above the cap, or not that of the layout",
     "checksum": "the seal does not match",
-    "codec": "an unknown codec, or a payload that the codec cannot have written",
+    "codec": "a payload that the codec cannot have written, or a name that is none",
+    "unknown": "a codec that is not known, or not installed, here",
     "locked": "encrypted, with a key that is not at hand",
     "plain": "not encrypted, where only what is encrypted is believed",
 }

@@ -7,6 +7,7 @@ was found below is copied up in the same thread. Beside it there are a few that 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -42,6 +43,9 @@ READERS = 4
 OPENERS = min(4, os.cpu_count() or 1)
 """Threads that decrypt and decode the blocks of loads."""
 
+WORTH_DECODING = 0.75
+"""A value that its codec makes no smaller than this is kept as it is: decoding would cost more than its bytes do."""
+
 CodecLookup = Callable[[str], Codec]
 T = TypeVar("T")
 
@@ -49,7 +53,7 @@ T = TypeVar("T")
 class _Write:
     """One block on its way to tier ``target`` from tier ``source``, where it is pinned."""
 
-    __slots__ = ("access", "key", "layout", "nbytes", "source", "target", "tenant")
+    __slots__ = ("access", "key", "layout", "most", "nbytes", "source", "target", "tenant")
 
     def __init__(
         self, key: BlockKey, layout: KVLayout, nbytes: int, source: Tier, target: Tier, access: Access
@@ -57,6 +61,7 @@ class _Write:
         self.key, self.layout, self.nbytes = key, layout, nbytes
         self.source, self.target, self.access = source, target, access
         self.tenant = layout.identity.tenant
+        self.most: float = math.inf  # bytes above which it is stored as it is, not encoded
 
 
 class _Span(NamedTuple):
@@ -305,15 +310,22 @@ class TieredStore:
         return header, payload
 
     def _decode(self, codec: str, payload: memoryview, layout: KVLayout, room: memoryview) -> None:
+        decoder = self._codec_of(codec)
         try:
-            self._codec(codec).decode(payload, layout, room)
-        except (CodecError, KeyError) as error:
+            decoder.decode(payload, layout, room)
+        except CodecError as error:
             raise FrameError("codec", str(error)) from error
+
+    def _codec_of(self, name: str) -> Codec:
+        try:
+            return self._codec(name)
+        except (CodecError, KeyError) as error:
+            raise FrameError("unknown", str(error)) from error
 
     def _refuse(self, key: BlockKey, tier: Tier, error: FrameError) -> None:
         """A frame that is not what it should be is deleted; one that vanished meanwhile was merely overwritten, and
-        one whose key is elsewhere is left to those who have it."""
-        if error.cause == "locked":
+        one that others may be able to read is left to them."""
+        if error.cause == "locked" or (error.cause in ("unknown", "version") and not tier.owned):
             tier.hide(key, str(error))
             self._observer.event("lost", tier=tier.name, cause=error.cause)
             return
@@ -387,8 +399,9 @@ class TieredStore:
                     kept = True
                 else:
                     write = _Write(key, layout, len(payload), self.tiers[0], tier, access)
-                    with suppress(FrameError):  # a codec that cannot
-                        kept |= tier.put_many([(key, self._recode(write, room, rooms))], [access]) > 0
+                    write.most = len(payload) * WORTH_DECODING
+                    with suppress(FrameError, CodecError):  # a codec that cannot
+                        kept |= tier.put_many([(key, self._reframe(write, room, rooms))], [access]) > 0
         return kept
 
     def _encode(self, key: BlockKey, payload: Buffer, layout: KVLayout, codec: Codec, access: Access) -> list[Buffer]:
@@ -421,8 +434,9 @@ class TieredStore:
         with self._wake:
             self._closed = True
             self._wake.notify_all()
-        if self._thread is not None:
-            self._thread.join(timeout)
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout)
         self._readers.shutdown()
         self._openers.shutdown()
         for tier in self.tiers:
@@ -432,7 +446,8 @@ class TieredStore:
     def after_fork(self) -> None:
         """In a forked child: no thread, no queue, stores opened anew."""
         for tier in self.tiers:
-            tier.after_fork()
+            with suppress(StoreError):  # that medium finds out again when it is used; the others must not suffer
+                tier.after_fork()
         self._start()
 
     def start(self) -> None:
@@ -441,6 +456,14 @@ class TieredStore:
             if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=_run, args=(weakref.ref(self),), name="kvkeep", daemon=True)
                 self._thread.start()
+
+    def ended(self) -> None:
+        """The thread ended, perhaps by an error that nobody foresaw: another one takes over what is queued."""
+        with self._wake:
+            self._thread = None
+            again = bool(self._queue) and not self._closed
+        if again:
+            self.start()
 
     def _enqueue(self, write: _Write) -> None:
         self.start()
@@ -468,9 +491,13 @@ class TieredStore:
                 batch.append(self._queue.popleft())
             self._writing = bool(batch)
         if batch:
+            tried = False
             try:
                 self._write(batch)
+                tried = True
             finally:
+                if not tried:
+                    self._observer.event("dropped", len(batch), tier=batch[0].target.name, cause="error")
                 batch[0].source.unpin([write.key for write in batch])
                 with self._wake:
                     self._queued -= sum(write.nbytes for write in batch)
@@ -501,9 +528,12 @@ class TieredStore:
                     if value is None:
                         continue
                     try:
-                        items.append((write.key, self._recode(write, value, rooms)))
+                        items.append((write.key, self._reframe(write, value, rooms)))
                     except FrameError as error:
                         self._refuse(write.key, source, error)
+                        continue
+                    except CodecError:
+                        self._observer.event("dropped", nbytes=write.nbytes, tier=target.name, cause="codec")
                         continue
                     accesses.append(write.access)
                 stored = target.put_many(items, accesses)
@@ -513,15 +543,10 @@ class TieredStore:
         if target is self.tiers[0]:
             self._observer.event("promote", stored, tier=target.name)
 
-    def _recode(self, write: _Write, value: memoryview, rooms: ExitStack) -> list[Buffer]:
-        """The frame in the target's codec. What was decoded from a lossy codec is never encoded again. What is
-        returned may lie in buffers that ``rooms`` holds."""
-        try:
-            return self._reframe(write, value, rooms)
-        except CodecError as error:
-            raise FrameError("codec", str(error)) from error
-
     def _reframe(self, write: _Write, value: memoryview, rooms: ExitStack) -> list[Buffer]:
+        """The frame in the target's codec. What was decoded from a lossy codec is never encoded again. What is
+        returned may lie in buffers that ``rooms`` holds. Raises :class:`FrameError` for the frame that is there,
+        :class:`CodecError` where the target's codec cannot encode it."""
         layout, target = write.layout, write.target
         header, payload = self._parse(write.key, value, write.source, layout)
         if header.encrypted and self.cipher is not None:
@@ -530,13 +555,14 @@ class TieredStore:
             payload = plain
         stored: Buffer = payload
         codec = header.codec
-        if codec != target.codec.name and (codec == "raw" or self._codec(codec).lossless):
+        if codec != target.codec.name and (codec == "raw" or self._codec_of(codec).lossless):
             if codec != "raw":
                 room = memoryview(bytearray(layout.block_nbytes))
-                self._codec(codec).decode(payload, layout, room)
+                self._decode(codec, payload, layout, room)
                 stored = room
-            stored = _encoded(target.codec, stored, layout, write.access)
-            codec = target.codec.name
+            encoded = _encoded(target.codec, stored, layout, write.access)
+            small = memoryview(encoded).nbytes <= write.most
+            stored, codec = (encoded, target.codec.name) if small else (stored, "raw")
         size = memoryview(stored).nbytes
         if self.cipher is not None and not target.trusted:
             sealed = rooms.enter_context(self._pool.borrow(size + frame.TAG_NBYTES))
@@ -560,11 +586,17 @@ def _run(reference: weakref.ref[TieredStore]) -> None:
         store = reference()
         if store is None:
             return
+        going = False
         try:
-            if not store.step():
-                return
+            going = store.step()
         except KVKeepError:  # pragma: no cover  # every medium's fault is caught where it happens
             time.sleep(IDLE_SECONDS)
+            going = True
+        finally:
+            if not going:
+                store.ended()
+        if not going:
+            return
         del store
 
 

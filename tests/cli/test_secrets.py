@@ -32,7 +32,12 @@ def run(*arguments: str | Path) -> Result:
 def fill(path: Path, key: bytes | None, namespace: bytes, tokens: list[int] = TOKENS) -> None:
     """Four blocks."""
     with kvkeep.open(
-        path, memory="4MiB", disk="16MiB", encryption=None if key is None else lambda: key, namespace=namespace
+        path,
+        memory="4MiB",
+        disk="16MiB",
+        codec="raw",
+        encryption=None if key is None else lambda: key,
+        namespace=namespace,
     ) as cache:
         assert cache.bind(layout("one", namespace), description="model one").save(tokens, Pattern()) == 4
         assert cache.flush(10)

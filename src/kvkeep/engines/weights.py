@@ -72,7 +72,7 @@ def _read(home: Path) -> dict[str, Any]:
     """What is kept there; nothing where the file is missing, unreadable or damaged, which costs a digest."""
     try:
         found = json.loads(home.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

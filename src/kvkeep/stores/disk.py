@@ -41,10 +41,13 @@ RECORD_NBYTES = _RECORD.size
 _PUT, _DELETE, _HEAD = 1, 2, 3
 _HEAD_KEY = b"kvkeep slab log, version 1".ljust(32, b"\0")
 _NAME = re.compile(r"slab-(\d{6})\.data")
+LAST_NUMBER = 999_999
 _ZEROS = bytes(PAGE)
 _IOV_MAX = 512  # half of Linux's limit
 MIN_CAPACITY = 256 << 10
 LOCK_SECONDS = 10.0
+GROW_LOCK_SECONDS = 0.2
+"""Of waiting for the directory's lock with this store's own lock held: requests may wait for that one."""
 
 log = logging.getLogger("kvkeep")
 
@@ -156,7 +159,7 @@ class DiskStore(Store):
         with self._lock:
             self._refresh()
             for slab in self._slabs.values():
-                for op, _, _, stamp, key in _records(_read_all(slab.log_fd)):
+                for op, _, _, stamp, key in _records(_read_log(slab)):
                     if op == _PUT and key in slab.live:
                         stamps[key] = stamp / 1000
         return stamps
@@ -181,6 +184,7 @@ class DiskStore(Store):
             if None in places:
                 self._refresh()
                 places = [self._own.get(key) or self._foreign.get(key) for key in keys]
+            places = _disjoint(places)
             for place in places:
                 if place is not None:
                     place[0].busy += 1
@@ -281,7 +285,8 @@ class DiskStore(Store):
         if self._read_only or self._closed:
             return
         with self._lock, suppress(OSError):  # also a directory that may no longer be read
-            if not want.exists():
+            status = want.lstat()
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
                 return
             mine = [slab for slab in self._slabs.values() if slab.owned and not slab.busy]
             for slab in mine[: len(mine) // 2]:
@@ -376,7 +381,7 @@ class DiskStore(Store):
 
     def _rewrite_log(self, slab: _Slab) -> None:
         """The same content without its history, in a new file that replaces the old one at once."""
-        stamps = {key: stamp for op, _, _, stamp, key in _records(_read_all(slab.log_fd)) if op == _PUT}
+        stamps = {key: stamp for op, _, _, stamp, key in _records(_read_log(slab)) if op == _PUT}
         now = int(self._clock() * 1000)
         lines = [_pack(_HEAD, 0, 0, now, BlockKey(_HEAD_KEY))]
         lines += [_pack(_PUT, page, n, stamps.get(key, now), key) for key, (_, page, n) in slab.live.items()]
@@ -439,10 +444,10 @@ class DiskStore(Store):
         return sorted(found)
 
     @contextmanager
-    def _directory_lock(self) -> Iterator[None]:
+    def _directory_lock(self, seconds: float | None = None) -> Iterator[None]:
         fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            deadline = time.monotonic() + LOCK_SECONDS
+            deadline = time.monotonic() + (LOCK_SECONDS if seconds is None else seconds)
             while True:
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -451,7 +456,10 @@ class DiskStore(Store):
                     if time.monotonic() > deadline:  # its holder is stopped: that must not stop others
                         raise TimeoutError(f"another process holds the lock of {self.path}") from None
                     time.sleep(0.005)
-            yield
+            try:
+                yield
+            finally:
+                fcntl.flock(fd, fcntl.LOCK_UN)  # a child that was forked meanwhile has a copy of the descriptor
         finally:
             os.close(fd)
 
@@ -471,12 +479,15 @@ class DiskStore(Store):
 
     def _create(self) -> bool:
         nbytes = self._slab_nbytes
-        with self._directory_lock():
+        with self._directory_lock(GROW_LOCK_SECONDS):
             files = self._files()
             if sum(_footprint(size) for _, size in files) + _footprint(nbytes) > (self.capacity or 0):
                 return False
             names = [match for name in os.listdir(self.path) if (match := _NAME.fullmatch(name))]
-            number = 1 + max((int(match[1]) for match in names), default=-1)  # beside links and pipes, too
+            taken = {int(match[1]) for match in names}  # by links and pipes, too
+            number = 1 + max(taken, default=-1)
+            if number > LAST_NUMBER:
+                number = next(free for free in range(LAST_NUMBER) if free not in taken and free not in self._slabs)
             path = self._data_path(number)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
@@ -637,7 +648,7 @@ class DiskStore(Store):
                 slab.log_fd = self._open_file(self._log_path(slab.number), os.O_RDONLY)
             except OSError:
                 return
-        data = _read_all(slab.log_fd, slab.log_at)
+        data = _read_log(slab, slab.log_at)
         pages = slab.nbytes // PAGE
         for op, page, nbytes, stamp, key in _records(data):
             slab.log_at += RECORD_NBYTES
@@ -704,11 +715,22 @@ def _records(data: bytes) -> Iterator[tuple[int, int, int, int, BlockKey]]:
         yield op, page, nbytes, stamp, key
 
 
-def _read_all(fd: int, start: int = 0) -> bytes:
-    if fd < 0:
+def _read_log(slab: _Slab, start: int = 0) -> bytes:
+    """The slab's log from ``start`` on, no more of it than one can be long: who can write to it may have made it so."""
+    if slab.log_fd < 0:
         return b""
-    size = os.fstat(fd).st_size
-    return os.pread(fd, size - start, start) if size > start else b""
+    size = min(os.fstat(slab.log_fd).st_size, _footprint(slab.nbytes) - slab.nbytes)
+    return os.pread(slab.log_fd, size - start, start) if size > start else b""
+
+
+def _disjoint(places: Sequence[Location | None]) -> list[Location | None]:
+    """Without those of slabs whose values, read at once, would be more than the slab: their log is not to be believed.
+    What is read is then bounded, whatever a log says."""
+    pages: Counter[int] = Counter()
+    for place in places:
+        if place is not None:
+            pages[place[0].number] += _pages(place[2])
+    return [None if at is None or pages[at[0].number] > at[0].nbytes // PAGE else at for at in places]
 
 
 def _read_places(places: Sequence[Location | None], buffer: memoryview) -> list[memoryview | None]:
