@@ -226,7 +226,7 @@ def ttft(engine: Engine) -> None:
 
     def one(tier: str, name: str, options: dict[str, Any], prepare: Callable[[], None]) -> None:
         codec = {"disk": name, "remote": name}
-        with kvkeep.open(**options, memory="1GiB", codec=codec) as cache:
+        with kvkeep.open(**options, memory="256MiB", codec=codec) as cache:
             attach(engine.model, cache)
             engine.first_token(ids[:, :PREFIX])
             cache.flush(60)
@@ -236,7 +236,7 @@ def ttft(engine: Engine) -> None:
         got = []
         for _ in range(3):
             prepare()
-            with kvkeep.open(**options, memory="1GiB", codec=codec) as cache:
+            with kvkeep.open(**options, memory="256MiB", codec=codec) as cache:
                 attach(engine.model, cache)
                 engine.first_token(engine.ids[:, :1])
                 kernels.wait()
@@ -253,7 +253,7 @@ def ttft(engine: Engine) -> None:
     for name in CODECS:
         folder = tempfile.mkdtemp(prefix="kvkeep-bench-", dir=Path.home())
         try:
-            one("disk", name, {"path": folder, "disk": "4GiB"}, lambda f=folder: cool(f))
+            one("disk", name, {"path": folder, "disk": "1GiB"}, lambda f=folder: cool(f))
         finally:
             shutil.rmtree(folder)
     try:
@@ -262,7 +262,7 @@ def ttft(engine: Engine) -> None:
         console.print("no Redis can be started here: its rows are left out")
     else:
         for name in CODECS:
-            with redis_server(maxmemory="1gb") as server:
+            with redis_server(maxmemory="512mb") as server:
                 one("remote", name, {"path": server.url}, lambda: None)
     columns = ["tier", "codec", "MB", "bits", "TTFT s, best", "median", "× no cache", "same token"]
     show("codecs-ttft", f"SmolLM2-135M, float32, {PREFIX} + {SUFFIX} tokens", columns, rows)
@@ -276,6 +276,7 @@ def main() -> None:
         kv = model_kv(engine)
         speeds(kv)
         alternatives(kv)
+        del kv
         ttft(engine)
     except ConfigError as error:
         console.print(str(error))

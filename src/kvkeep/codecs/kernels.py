@@ -29,6 +29,7 @@ octaves, 4 bits) or three (8 bits).
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from typing import Any
 
@@ -43,6 +44,8 @@ _lock = threading.Lock()
 
 def kernels() -> Any:
     """:mod:`kvkeep.codecs.reference`, or what does the same faster."""
+    if _thread is None:
+        prepare()
     return _current
 
 
@@ -61,6 +64,17 @@ def wait(seconds: float | None = None) -> bool:
     assert _thread is not None
     _thread.join(seconds)
     return _current is not reference
+
+
+def _after_fork() -> None:
+    """The child has no thread that would still finish."""
+    global _thread, _lock
+    _lock = threading.Lock()
+    if _current is reference:
+        _thread = None
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _prepare() -> None:
