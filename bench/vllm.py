@@ -199,7 +199,7 @@ def warm_up(engines: Iterable[Engine], ids: Sequence[int]) -> None:
     """What a process does once is not timed: kernels are compiled, pages touched. The second is a hit."""
     for engine in engines:
         for _ in range(2):
-            engine.ask(list(ids[-800:]))
+            engine.ask(list(ids[-2 * PAGE :]))
             engine.settle()
 
 
