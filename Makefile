@@ -91,4 +91,4 @@ audit: setup
 	$(BIN)/python requirements/audit.py $(LOCK) .venv-audit/bin/pip-audit $(ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-audit $(VLLM_VENV) .venv-lmcache dist build demo-out bench-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-audit $(VLLM_VENV) .venv-lmcache dist build demo-out quality-out bench-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
