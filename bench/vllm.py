@@ -1,4 +1,4 @@
-"""``make bench-vllm``: SmolLM2 in bfloat16 by vLLM on one core, with and without kvkeep. All ratios within one run.
+"""``make bench-vllm``: SmolLM2 by vLLM on one core, with and without kvkeep. All ratios within one run.
 
 Each engine is a process of its own (:mod:`bench.vllm_engine`); those that are compared are asked in turns, so that a
 machine that slows down does so for all. What is timed is a prompt of 3,000 tokens until its first token; prompts differ
@@ -11,6 +11,9 @@ from their first token on. Rows:
 - *restart*: a new process finds the prompt on disk, page cache warm (never dropped) or cold (dropped from the files).
 - *throughput*: 32 requests of 2,000 tokens that share 1,500, eight at a time, a KV pool for 16,000 tokens; asked for
   the first time, asked again (the pool has lost most of it), and asked again after a restart.
+
+The model is computed in bfloat16 where the processor can, else in float32: an AVX2 machine takes five times as long for
+bfloat16, and every hit would look good beside that. ``--dtype`` decides otherwise.
 
 vLLM's ``fs`` tier is made for GPU hosts; here it runs by :mod:`kvkeep.testing.vllm_offload`. ``--lmcache DIR`` adds
 LMCache from the virtual environment DIR.
@@ -44,7 +47,7 @@ SCALE = float(os.environ.get("BENCH_SCALE", "1"))
 """Shorter prompts, to try the benchmark itself: figures are for 1."""
 if SCALE != 1:
     PROMPT, SHARED, REQUEST = (round(SCALE * tokens) for tokens in (PROMPT, SHARED, REQUEST))
-OPTIONS = {"model": "", "enforce_eager": True, "max_model_len": 4096, "disable_log_stats": True}
+OPTIONS: dict[str, Any] = {"model": "", "enforce_eager": True, "max_model_len": 4096, "disable_log_stats": True}
 
 
 class LMCache:
@@ -180,6 +183,11 @@ def fs_options(directory: Path) -> dict[str, Any]:
             "kv_connector_extra_config": extra,
         }
     }
+
+
+def native_dtype() -> str:
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
 
 
 def document() -> list[int]:
@@ -320,15 +328,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="prompts of the first table (default: 5)")
     parser.add_argument("--lmcache", type=Path, help="a virtual environment with LMCache: it joins the table")
     parser.add_argument("--only", choices=["latency", "throughput"], help="one of the two tables")
+    parser.add_argument("--dtype", default=native_dtype(), help="default here: %(default)s")
     given = parser.parse_args()
+    OPTIONS["dtype"] = given.dtype
     OUT.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="kvkeep-bench-vllm-", dir=OUT) as name:
         place, log = Path(name), OUT / "vllm-engines.log"
-        log.unlink(missing_ok=True)
+        log.write_text("")
         if given.only != "throughput":
             show(
                 "vllm",
-                f"{PROMPT:,} tokens, SmolLM2 bf16, one core: seconds, min / median of {given.repeats}",
+                f"{PROMPT:,} tokens, SmolLM2 in {given.dtype}, one core: seconds, min / median of {given.repeats}",
                 ["case", "wall s", "×", "CPU s", "× ", "tokens computed", "same token"],
                 latency(given.repeats, place, log, given.lmcache),
             )
@@ -336,7 +346,7 @@ def main() -> None:
         if given.only != "latency":
             show(
                 "vllm-throughput",
-                f"{REQUESTS} requests of {REQUEST:,} tokens sharing {SHARED:,}, concurrency {CONCURRENCY}",
+                f"{REQUESTS} requests of {REQUEST:,} tokens sharing {SHARED:,}, concurrency {CONCURRENCY}, {given.dtype}",
                 ["case", "wall s", "requests/s", "× vLLM alone", "cached tokens a request"],
                 throughput(place, log),
             )
