@@ -346,7 +346,7 @@ def main() -> None:
         if given.only != "latency":
             show(
                 "vllm-throughput",
-                f"{REQUESTS} requests of {REQUEST:,} tokens sharing {SHARED:,}, concurrency {CONCURRENCY}, {given.dtype}",
+                f"{REQUESTS} requests of {REQUEST:,} tokens, {SHARED:,} shared, {CONCURRENCY} at once, {given.dtype}",
                 ["case", "wall s", "requests/s", "× vLLM alone", "cached tokens a request"],
                 throughput(place, log),
             )
