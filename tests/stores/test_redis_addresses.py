@@ -79,6 +79,12 @@ def test_a_wrong_address_says_what_is_right(address: str, hint: str) -> None:
     assert not any(secret in text.replace(address, "") for secret in SECRETS)
 
 
+def test_a_node_of_a_cluster_is_no_single_server(cluster_shared: RedisCluster) -> None:
+    address = cluster_shared.nodes[0].url + "?lookup_timeout=5"
+    with contextlib.closing(url.open_store(address)) as store, pytest.raises(StoreError, match="cluster"):
+        store.contains_many([key(number) for number in range(20)])
+
+
 def test_options_in_an_address() -> None:
     with contextlib.closing(url.open_store("redis://host:1?prefix=mine&ttl=90&lookup_timeout=1.5")) as store:
         assert isinstance(store, RedisStore)

@@ -351,6 +351,42 @@ def test_a_cluster_whose_master_is_killed() -> None:
         assert running.longest < HANG_SECONDS
 
 
+def test_a_dead_node_takes_only_its_own_values(caplog: pytest.LogCaptureFixture) -> None:
+    """No replica has them: they are missing until the node is back, the others' are not."""
+    keys = [key(number) for number in range(60)]
+    with redis_cluster(3, 0, "--cluster-require-full-coverage", "no") as cluster:
+        store = RedisStore.from_url(cluster.url + "?lookup_timeout=0.5&load_timeout=0.5&save_timeout=0.5")
+        with contextlib.closing(store):
+            wait_for(lambda: _answers(store), "the cluster does not answer")
+            store.delete(key(1))
+            store.put_many([(block, [value(at)]) for at, block in enumerate(keys)])
+            assert all(store.contains_many(keys))
+            cluster.nodes[0].kill()
+            lost = [at for at, name in enumerate(store.names(keys)) if slot_of(name) < 16384 // 3]
+            assert 5 < len(lost) < 40
+            longest = 0.0
+            for _ in range(30):
+                start = time.monotonic()
+                assert store.contains_many(keys) == [at not in lost for at in range(60)]
+                with store.read(keys[:10]) as values:
+                    assert [got and bytes(got) for got in values] == [
+                        None if at in lost else value(at) for at in range(10)
+                    ]
+                store.put_many([(key(100 + at), [value(at)]) for at in range(10)])
+                longest = max(longest, time.monotonic() - start)
+            assert longest < HANG_SECONDS
+            cluster.nodes[0].start()
+
+            def healed() -> bool:
+                store.put_many([(block, [value(at)]) for at, block in enumerate(keys)])
+                return all(store.contains_many(keys))
+
+            wait_for(healed, "the node did not come back")
+    lines = [record.getMessage() for record in caplog.records if "of the cluster" in record.getMessage()]
+    assert len([line for line in lines if "left alone" in line]) == 1
+    assert len([line for line in lines if "is back" in line]) == 1
+
+
 def test_a_cluster_that_is_resharded_under_load(cluster_shared: RedisCluster) -> None:
     """Slots move with their keys while they are read and written: nothing is lost, and nothing is wrong."""
     source, target = cluster_shared.nodes[0], cluster_shared.nodes[1]

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from kvkeep.errors import StoreError
-from kvkeep.stores.redis_servers import NONSENSE, Address, Node, Work, client, failure, ping, write
+from kvkeep.stores.redis_servers import NONSENSE, Address, Node, Work, ask, client, failure, write
 from kvkeep.stores.redis_wire import Redirect, Wire, pack
 
 log = logging.getLogger("kvkeep")
@@ -148,7 +148,8 @@ class Cluster:
 
     def _probe(self, place: Place, shard: _Shard) -> StoreError | None:
         try:
-            shard.node.exchange(time.monotonic() + self._connect_timeout, ping)
+            name = self._name_at(place)
+            shard.node.exchange(time.monotonic() + self._connect_timeout, lambda wire: ask(wire, name))
         except StoreError as error:
             self._failed(shard, error)
             self._refresh()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, unquote
 
 from kvkeep.errors import ConfigError, StoreError, nearest
-from kvkeep.stores.redis_wire import Wire, garbage, pack, refusal
+from kvkeep.stores.redis_wire import Redirect, Wire, pack, refusal
 
 if TYPE_CHECKING:
     from redis.connection import AbstractConnection
@@ -349,7 +349,7 @@ class Server:
     """One server, or the master that Sentinels name: every name lives there."""
 
     def __init__(self, address: Address, connect_timeout: float, prefix: bytes) -> None:
-        """``prefix``: of all names, also of the one that :meth:`ping_writes` writes."""
+        """``prefix``: of all names, also of the one that probes ask for and write."""
         self.address = address
         self._probe = prefix + b":ping"
         self.client = client(address, connect_timeout)
@@ -362,11 +362,14 @@ class Server:
 
         None stands for whatever cannot be asked for because its node is out of order while others are well.
         """
-        return self._node.exchange(time.monotonic() + seconds, lambda wire: work(wire, range(len(names))))
+        replies = self._node.exchange(time.monotonic() + seconds, lambda wire: work(wire, range(len(names))))
+        if Redirect in map(type, replies):
+            raise StoreError("this is a node of a cluster: say redis+cluster:// instead of redis://")
+        return replies
 
     def ping(self, seconds: float) -> None:
         """Raises :class:`StoreError` unless the server answers."""
-        self._node.exchange(time.monotonic() + seconds, ping)
+        self._node.exchange(time.monotonic() + seconds, lambda wire: ask(wire, self._probe))
 
     def ping_writes(self, seconds: float) -> None:
         """Raises :class:`StoreError` unless it can be written to."""
@@ -380,10 +383,10 @@ class Server:
         self.client.close()
 
 
-def ping(wire: Wire) -> None:
-    wire.send([pack(b"PING")])
-    if wire.outcomes(1) != [b"+PONG"]:
-        raise garbage(b"")
+def ask(wire: Wire, name: bytes) -> None:
+    """Ask for ``name``: a server that loads its data, or whose cluster is down, answers a PING but not this."""
+    wire.send([pack(b"EXISTS", name)])
+    wire.outcomes(1)
 
 
 def write(wire: Wire, name: bytes) -> None:

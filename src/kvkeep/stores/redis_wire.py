@@ -48,8 +48,6 @@ _CAUSES = {
     b"CLUSTERDOWN": ("unreachable", "the cluster is down"),
     b"BUSY": ("unreachable", "it is busy with a script"),
     b"TRYAGAIN": ("unreachable", "slots are being moved"),
-    b"MOVED": ("error", "it is a node of a cluster: say redis+cluster://"),
-    b"ASK": ("error", "it is a node of a cluster: say redis+cluster://"),
 }
 
 
