@@ -98,8 +98,9 @@ def test_the_first_tokens_of_a_sequence_are_exact(which: None, name: str) -> Non
     block, codec = gaussian(of), make(name)
     got = decoded(codec, codec.encode_first(block, of), of)
     pairs = list(zip(of.layers(block), of.layers(got), strict=True))
+    kept = 4 if name == "int4" else 1
     assert all(
-        np.array_equal(a[:, :4], b[:, :4]) for before, after in pairs for a, b in zip(before, after, strict=True)
+        np.array_equal(a[:, :kept], b[:, :kept]) for before, after in pairs for a, b in zip(before, after, strict=True)
     )
     assert got != block
     assert decoded(codec, codec.encode(block, of), of) != got

@@ -102,25 +102,25 @@ def advise(rows: list[Row], max_kl: float, raw_bits: int = 16) -> str:
 
 
 def show(rows: list[Row], title: str, advice: str, console: Console) -> None:
-    table = Table(title=title, box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0))
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     tiers = list(rows[0].load_ms)
     table.add_column("codec", no_wrap=True)
-    headings = ["bits", "enc\nGB/s", "dec\nGB/s", "KL\nmean", "KL\nmax", "top-1", "perpl.", "greedy"]
+    headings = ["bits", "enc\nGB/s", "dec\nGB/s", "KL\nmean", "KL\nmax", "top-1\n%", "perpl.\n%", "greedy"]
     for heading in (*headings, *(f"{tier}\nms" for tier in tiers), "tokens\na GB"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        speeds = ["–", "–"] if row.codec == "raw" else [f"{row.encode_gbs:.2f}", f"{row.decode_gbs:.2f}"]
+        speeds = ["–", "–"] if row.codec == "raw" else [f"{row.encode_gbs:.1f}", f"{row.decode_gbs:.1f}"]
         table.add_row(
             row.codec,
             f"{row.bits:.2f}",
             *speeds,
             f"{row.kl_mean:.4f}",
             f"{row.kl_max:.4f}",
-            f"{row.top1:.3f}",
-            f"{100 * row.perplexity_change:+.2f}%",
+            f"{100 * row.top1:.1f}",
+            f"{100 * row.perplexity_change:+.2f}",
             "–" if row.greedy_match is None else f"{row.greedy_match:.0f}",
-            *(f"{row.load_ms[tier]:.1f}" for tier in tiers),
-            f"{row.tokens_per_gb:,}",
+            *(f"{row.load_ms[tier]:.0f}" for tier in tiers),
+            f"{row.tokens_per_gb / 1000:.0f}k",
         )
     console.print(table)
     console.print(
@@ -139,19 +139,19 @@ def draw(rows: list[Row], title: str, max_kl: float, path: Path) -> None:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    floor = 1e-5
+    floor = 1e-5  # a logarithmic axis has no zero
     for row in rows:
         axes.plot([row.bits] * 2, [max(row.kl_mean, floor), max(row.kl_max, floor)], color="#8a8f98", linewidth=1)
         refused = row.kl_mean > max_kl
         axes.plot(row.bits, max(row.kl_mean, floor), "o", color="#b8352c" if refused else "#2f6db3", markersize=8)
-        text = f"{row.codec}\n{row.tokens_per_gb:,} tokens/GB"
-        axes.annotate(text, (row.bits, max(row.kl_mean, floor)), xytext=(8, 4), textcoords="offset points", fontsize=8)
+        text = f"{row.codec}, {row.tokens_per_gb / 1000:.0f}k tokens/GB"
+        axes.annotate(text, (row.bits, max(row.kl_mean, floor)), xytext=(8, -3), textcoords="offset points", fontsize=8)
     axes.axhline(max_kl, color="#b8352c", linestyle="--", linewidth=1)
     axes.annotate(f"max_kl = {max_kl:g}", (axes.get_xlim()[1], max_kl), ha="right", va="bottom", fontsize=8)
     axes.set_yscale("log")
     axes.margins(x=0.15, y=0.15)
     axes.set_xlabel("bits a value")
-    axes.set_ylabel(f"KL, nats a token: mean to worst prompt ({floor:g} or less at the bottom)")
+    axes.set_ylabel("KL, nats a token; the line ends at the worst prompt")
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
