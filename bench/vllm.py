@@ -234,7 +234,7 @@ def latency(repeats: int, place: Path, log: Path, lmcache: Path | None) -> list[
             savers = [running.enter_context(engine(name)) for name in keepers]
             warm_up([alone, *savers], ids)
             for number, prompt in enumerate(asked):
-                row("cold").add(alone.ask(prompt))
+                row("cold").add(alone.ask(prompt), alone.settle())
                 for saver in savers if number % 2 else savers[::-1]:
                     row(f"cold, {saver.name} saves").add(saver.ask(prompt), saver.settle())
             step("a second server")
