@@ -38,6 +38,9 @@ from kvkeep.values.index import Found, Index, Item
 IN_PLACE_NBYTES = 64
 """A reference (digest, length, frame) costs more."""
 
+REMEMBERED = 10_000
+"""Values found below the first tier whose first use is remembered."""
+
 LONGEST_WAIT_SECONDS = 60.0
 
 Tags = Sequence[tuple[bytes, bytes]]
@@ -75,6 +78,7 @@ class Values:
         self._pool = BufferPool()
         self._lock = threading.Lock()
         self._calls: dict[bytes, _Call] = {}
+        self._asked_once: dict[bytes, bool] = {}  # oldest first
         tiers.upkeep.append(self._maintain)
 
     # Names
@@ -369,10 +373,20 @@ class Values:
                 if value is not None:
                     now = time.time()
                     tier.touch([(key, Access(now))])
-                    if tier is not first:
+                    if tier is not first and self._asked_again(key):
                         self._tiers.promote([key], [tier], layout, now)
                     return value[0]
         return MISSING
+
+    def _asked_again(self, key: bytes) -> bool:
+        """A value goes up when it is asked for a second time: copying it costs as much as getting it did."""
+        with self._lock:
+            again = self._asked_once.pop(key, False)
+            if not again:
+                self._asked_once[key] = True
+                if len(self._asked_once) > REMEMBERED:
+                    del self._asked_once[next(iter(self._asked_once))]
+        return again
 
     def _forget(self, orphans: Sequence[bytes]) -> None:
         for digest in orphans:
