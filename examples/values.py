@@ -1,4 +1,4 @@
-"""Plain values beside blocks: matrices, search results, features, a price. python examples/values.py [URL or DIRECTORY].
+"""Plain values beside blocks: matrices, search results, features, a price: python examples/values.py [URL or FOLDER].
 
 With the URL of a Redis or Valkey server, what one process computed every other one finds; run it twice to see that.
 """
