@@ -60,7 +60,7 @@ SIBLINGS = ("stores", "codecs", "policies", "engines")
 
 SHARED = {"stores.extents", "stores.redis_wire", "stores.redis_servers", "stores.redis_cluster", "engines.weights"}
 SHARED |= {f"codecs.{part}" for part in ("values", "kernels", "reference", "compiled", "entropy", "lossy")}
-SHARED |= {"policies.queue", "policies.ranking"}
+SHARED |= {"policies.queue", "policies.ranking", "policies.survival"}
 """Parts of one implementation, or of several, in a file of their own."""
 
 ONLY_IN: dict[str, tuple[str, ...]] = {

@@ -37,6 +37,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "lirs": "kvkeep.policies.lirs:LIRS",
         "gdsf": "kvkeep.policies.gdsf:GDSF",
         "lecar": "kvkeep.policies.lecar:LeCaR",
+        "hazard": "kvkeep.policies.hazard:Hazard",
         "unlimited": "kvkeep.policies.unlimited:Unlimited",
     },
     "stores": {

@@ -1,0 +1,308 @@
+"""Hazard: evict the block that is least worth waiting for, judged by when blocks like it were used again.
+
+Prompts of a conversation or an agent extend one another, so what is learned about is the turn: a request, the earlier
+one that it extends, how many times that went on, how long it took, how much is new. For each class of turns
+:mod:`~kvkeep.policies.survival` learns how likely it is to be extended at which age, whether its blocks are resident
+or not, and from that an index at each age; the lowest goes first. Related: LHD (N. Beckmann, H. Chen, A. Cidon, "LHD:
+improving cache hit rate by maximizing hit density", NSDI 2018), which ranks by reuse per time held as well.
+
+Victims are leaves: a block goes after those that follow it. A leaf older than nearly all reuses that were seen goes
+before all others (so that it is never much worse than LRU). A new block that is worth less than the victim it would
+need is not admitted.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from heapq import heappop, heappush
+from typing import ClassVar, NamedTuple
+
+from kvkeep.keys import BlockKey
+from kvkeep.policies.base import Access, Allowed, EvictionPolicy
+from kvkeep.policies.survival import BINS, EDGES, Survival, bin_of
+
+TURNS = 1, 2, 3, 5, 9, 17
+"""Limits of the classes by how many turns a conversation has had …"""
+NEW_BLOCKS = 1, 3, 8
+"""… how many blocks this one adds …"""
+LENGTHS = 2, 8, 40
+"""… and at the first turn by its length in blocks, later by how long the last turns took, in seconds."""
+GAPS = 8.0, 25.0, 70.0, 200.0
+MEMBERS = (len(NEW_BLOCKS) + 1) * (len(LENGTHS) + 1 + len(GAPS) + 1)
+REFRESH = 20
+"""Requests between two computations of the index."""
+MAX_TURNS = 1 << 16
+"""Turns that are remembered, whether any of their blocks is still resident or not."""
+
+
+class _Turn:
+    """One request. ``gap`` is a mean of what the last two turns took, ``last_gap`` the last; -1 at the first."""
+
+    __slots__ = ("asked", "blocks", "done", "gap", "ghost", "hits", "kind", "last_gap", "now", "number", "turns")
+
+    def __init__(self, number: int, access: Access) -> None:
+        self.number = number
+        self.now = access.now
+        self.blocks = access.prompt_blocks
+        self.hits = access.hit_blocks
+        self.turns = 0
+        self.gap = self.last_gap = -1.0
+        self.kind = 0
+        self.asked = False  # has it come to storing what was missing?
+        self.done = False  # was it extended?
+        self.ghost: BlockKey | None = None  # the first of its blocks that is not resident
+
+
+class _Block(NamedTuple):
+    turn: _Turn
+    position: int
+    parent: BlockKey | None
+    nbytes: int
+
+
+_Leaf = tuple[int, int, BlockKey]
+"""Number of the turn, minus the position, key: the oldest first, and of one turn's the deepest."""
+
+
+class Hazard(EvictionPolicy):
+    """See the module. ``_leaves`` has for each class a heap, whose outdated entries are skipped."""
+
+    name: ClassVar[str] = "hazard"
+    leaf_first: ClassVar[bool] = True
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self._survival = Survival(len(TURNS) + 1, MEMBERS)
+        self._blocks: dict[BlockKey, _Block] = {}
+        self._children: dict[BlockKey, int] = {}  # how many resident ones a block has
+        self._leaves: dict[int, list[_Leaf]] = {}
+        self._ranked: list[tuple[float, _Leaf, int]] = []  # the oldest leaf of each class, by index at _ranked_at
+        self._ranked_at = -1.0
+        self._ghosts: dict[BlockKey, _Turn] = {}
+        self._turns: list[_Turn] = []
+        self._forgotten = 0  # turns that are no longer in that list
+        self._aged = [0] * BINS  # for each age bin the number of the first turn that has not passed it
+        self._current: _Turn | None = None
+        self._tip: BlockKey | None = None  # the last resident block of the request that is being admitted
+        self._now = 0.0
+        self._used = self._promised = 0
+
+    # The owner's calls
+
+    def admit(self, key: BlockKey, nbytes: int, access: Access) -> bool:
+        turn = self._request(key, access)
+        if self._used + self._promised + nbytes > self.capacity:
+            tip = self._tip
+            victim = self.victim(lambda candidate: candidate != tip)
+            if victim is not None and self._survival.index[turn.kind][0] < self._rank_of(self._blocks[victim].turn):
+                self._haunt(turn, key)
+                return False
+        self._promised += nbytes
+        return True
+
+    def insert(self, key: BlockKey, nbytes: int, access: Access) -> None:
+        turn = self._request(key, access)
+        ghost = self._ghosts.pop(key, None)
+        if ghost is not None:
+            ghost.ghost = None
+        self._promised = max(0, self._promised - nbytes)
+        self._used += nbytes
+        self._blocks[key] = _Block(turn, access.position, access.parent, nbytes)
+        if access.parent is not None:
+            self._children[access.parent] = self._children.get(access.parent, 0) + 1
+        if key not in self._children:
+            self._offer((turn.number, -access.position, key), turn)
+
+    def touch(self, key: BlockKey, access: Access) -> None:
+        block = self._blocks[key]
+        turn = self._request(key, access)
+        self._blocks[key] = _Block(turn, access.position, block.parent, block.nbytes)
+        if key not in self._children:
+            self._offer((turn.number, -access.position, key), turn)
+
+    def remove(self, key: BlockKey, *, evicted: bool) -> None:
+        block = self._blocks.pop(key, None)
+        if block is None:
+            return
+        self._used -= block.nbytes
+        if evicted:
+            self._haunt(block.turn, key)
+        parent = block.parent
+        if parent is not None:
+            left = self._children[parent] - 1
+            if left:
+                self._children[parent] = left
+            else:
+                del self._children[parent]
+                above = self._blocks.get(parent)
+                if above is not None:
+                    self._offer((above.turn.number, -above.position, parent), above.turn)
+
+    def victim(self, allowed: Allowed) -> BlockKey | None:
+        self._rank()
+        passed: list[tuple[float, _Leaf, int]] = []
+        found = None
+        while self._ranked:
+            entry = self._ranked[0]
+            _, leaf, kind = entry
+            if self._holds(leaf, kind):
+                if allowed(leaf[2]):
+                    found = leaf[2]
+                    break
+                passed.append(entry)
+                heap = self._leaves[kind]
+                if heap and heap[0] == leaf:
+                    heappop(heap)
+            heappop(self._ranked)
+            self._rank_class(kind)
+        for entry in passed:
+            heappush(self._ranked, entry)
+            heappush(self._leaves[entry[2]], entry[1])
+        if found is None:  # pins keep all leaves
+            found = next((key for key in self._blocks if allowed(key)), None)
+        return found
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    # Leaves by index
+
+    def _holds(self, leaf: _Leaf, kind: int) -> bool:
+        block = self._blocks.get(leaf[2])
+        return (
+            block is not None
+            and block.turn.number == leaf[0]
+            and block.turn.kind == kind
+            and leaf[2] not in self._children
+        )
+
+    def _offer(self, leaf: _Leaf, turn: _Turn) -> None:
+        heap = self._leaves.setdefault(turn.kind, [])
+        heappush(heap, leaf)
+        if heap[0] is leaf and self._ranked_at == self._now:
+            heappush(self._ranked, (self._rank_of(turn), leaf, turn.kind))
+
+    def _rank(self) -> None:
+        if self._ranked_at != self._now:
+            self._ranked_at = self._now
+            self._ranked.clear()
+            for kind in list(self._leaves):
+                self._rank_class(kind)
+                if not self._leaves[kind]:
+                    del self._leaves[kind]
+
+    def _rank_class(self, kind: int) -> None:
+        """Rank the oldest leaf of a class."""
+        heap = self._leaves.get(kind)
+        while heap:
+            leaf = heap[0]
+            if self._holds(leaf, kind):
+                heappush(self._ranked, (self._rank_of(self._blocks[leaf[2]].turn), leaf, kind))
+                return
+            heappop(heap)
+
+    def _rank_of(self, turn: _Turn) -> float:
+        age = self._now - turn.now
+        return -1.0 if age > self._survival.guard else self._survival.index[turn.kind][bin_of(age)]
+
+    # Turns
+
+    def _request(self, key: BlockKey, access: Access) -> _Turn:
+        """The turn that the access belongs to; a new one if it is the first of its request."""
+        turn = self._current
+        missing = access.position >= access.hit_blocks
+        if turn is None or turn.now != access.now or (turn.blocks, turn.hits) != access[2:4]:
+            turn = self._same_request(access) if missing else None
+            if turn is None:
+                turn = self._begin(access)
+            self._current = turn
+            self._promised = 0
+            self._tip = access.parent if missing else key
+        if missing:
+            if not turn.asked:
+                turn.asked = True
+                self._extend(turn, key, access)
+        elif access.position == access.hit_blocks - 1 and not turn.asked:
+            self._extend(turn, key, access)
+        return turn
+
+    def _same_request(self, access: Access) -> _Turn | None:
+        """The turn that touched the found blocks a while ago, if what was missing is now stored."""
+        above = self._blocks.get(access.parent) if access.parent is not None else None
+        if above is not None and not above.turn.asked and (above.turn.blocks, above.turn.hits) == access[2:4]:
+            return above.turn
+        return None
+
+    def _begin(self, access: Access) -> _Turn:
+        self._now = max(self._now, access.now)
+        self._age()
+        number = self._forgotten + len(self._turns)
+        if number % REFRESH == 0:
+            self._survival.refresh()
+            self._ranked_at = -1.0
+        turn = _Turn(number, access)
+        self._turns.append(turn)
+        turn.kind = self._kind(turn, turn.blocks)
+        return turn
+
+    def _extend(self, turn: _Turn, key: BlockKey, access: Access) -> None:
+        """Find the turn that this one extends, by the deepest block that is known."""
+        earlier = self._ghosts.get(key)
+        known = access.position
+        if earlier is not None:  # what follows is not asked for yet: as far as the earlier prompt went
+            known = min(turn.blocks, max(known + 1, earlier.blocks))
+        else:
+            if key in self._blocks:
+                known += 1
+            deepest = self._blocks.get(key) or (self._blocks.get(access.parent) if access.parent is not None else None)
+            earlier = deepest.turn if deepest is not None else None
+        if earlier is None or earlier is turn or 2 * known < earlier.blocks or (known < 2 and turn.blocks > 1):
+            if turn.turns == 0:
+                turn.kind = self._kind(turn, turn.blocks - known)
+            return
+        gap = max(0.0, turn.now - earlier.now)
+        if not earlier.done:
+            earlier.done = True
+            if earlier.number >= self._forgotten:
+                self._survival.reuse(earlier.kind, gap, earlier.blocks**0.5)
+        turn.turns = earlier.turns + 1
+        turn.last_gap = gap
+        turn.gap = gap if earlier.last_gap < 0 else ((gap + 0.5) * (earlier.last_gap + 0.5)) ** 0.5
+        turn.kind = self._kind(turn, turn.blocks - known)
+
+    @staticmethod
+    def _kind(turn: _Turn, new_blocks: int) -> int:
+        last = bisect_right(LENGTHS, turn.blocks) if turn.gap < 0 else len(LENGTHS) + 1 + bisect_right(GAPS, turn.gap)
+        member = bisect_right(NEW_BLOCKS, new_blocks) * (len(LENGTHS) + 1 + len(GAPS) + 1) + last
+        return bisect_right(TURNS, turn.turns) * MEMBERS + member
+
+    def _haunt(self, turn: _Turn, key: BlockKey) -> None:
+        """Remember the first block of ``turn`` that is not resident: whoever extends it will ask for that one."""
+        if turn.number < self._forgotten:
+            return
+        if turn.ghost is not None:
+            self._ghosts.pop(turn.ghost, None)
+        before = self._ghosts.get(key)
+        if before is not None:
+            before.ghost = None
+        turn.ghost = key
+        self._ghosts[key] = turn
+
+    def _age(self) -> None:
+        """Tell of the time that turns have waited; forget the oldest."""
+        end = self._forgotten + len(self._turns)
+        for at in range(BINS - 1):
+            until = self._now - EDGES[at + 1]
+            number = max(self._aged[at], self._forgotten)
+            while number < end and self._turns[number - self._forgotten].now <= until:
+                turn = self._turns[number - self._forgotten]
+                if not turn.done:
+                    self._survival.wait(turn.kind, at, turn.blocks**0.5)
+                number += 1
+            self._aged[at] = number
+        if len(self._turns) > MAX_TURNS + MAX_TURNS // 4:
+            for turn in self._turns[: MAX_TURNS // 4]:
+                if turn.ghost is not None:
+                    self._ghosts.pop(turn.ghost, None)
+            del self._turns[: MAX_TURNS // 4]
+            self._forgotten += MAX_TURNS // 4
