@@ -16,7 +16,7 @@ from kvkeep import config
 from kvkeep.cli import app
 from kvkeep.errors import ConfigError, KVKeepError
 from kvkeep.stores import url
-from kvkeep.testing.servers import redis_server
+from kvkeep.testing.servers import S3Server, redis_server
 
 USER, PASSWORD = "user-6f1d", "p4ss/w0rd:with@all?of#it"
 ENCODED = "p4ss%2Fw0rd%3Awith%40all%3Fof%23it"
@@ -122,6 +122,24 @@ def test_a_server_that_does_not_let_us_in(said: Said, server: str, address: str)
     with kvkeep.open(address.replace("SERVER", server), memory="1MiB") as cache:
         assert use(said, cache) == 64, "from memory"
         assert not cache.store.tiers[1].contains_many(kvkeep.block_keys(layout(), TOKENS))[0]
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["lets us in", "is not there"])
+def test_s3_takes_its_keys_from_the_environment(
+    said: Said, s3_shared: S3Server, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", USER)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", PASSWORD)
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    endpoint = s3_shared.endpoint if there else "http://127.0.0.1:1"
+    patient = "lookup_timeout=20&load_timeout=20&save_timeout=20" if there else "lookup_timeout=1"
+    address = f"s3://{S3Server.bucket}/credentials?endpoint={endpoint}&{patient}"
+    with kvkeep.open(address, memory="1MiB", namespace=b"namespace-93ab") as cache:
+        assert use(said, cache) == 64
+    result = CliRunner().invoke(app, ["verify", address])
+    assert result.exit_code == (0 if there else 2), result.output
+    said.add(result.output, result.stderr)
+    said.check("namespace-93ab")
 
 
 @pytest.mark.parametrize(
