@@ -9,11 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
+from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown, get_kv_transfer_group
 from vllm.inputs import TokensPrompt
-
-from vllm import LLM, SamplingParams
 
 VOCABULARY = 512
 

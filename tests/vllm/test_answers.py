@@ -25,16 +25,16 @@ def prompts_around(page: int) -> list[list[int]]:
 def test_equal_to_vllms_own_prefix_cache(page: int, models: Callable[[str], Path], tmp_path: Path) -> None:
     prompts = prompts_around(page)
     engine = Engine(models("gqa"), {"dir": str(tmp_path), "block_tokens": 16, "aligned": True}, block_size=page)
-    cold = engine.ask_each(prompts)
-    own = engine.ask_each(prompts)
+    cold = engine.ask_each(prompts, 4)
+    own = engine.ask_each(prompts, 4)
     assert engine.count("load") == 0
     engine.forget()
-    stored = engine.ask_each(prompts)
+    stored = engine.ask_each(prompts, 4)
     assert engine.count("load") > 0
     assert stored == own
     assert [answer.tokens for answer in stored] == [answer.tokens for answer in cold]
     assert [answer.cached for answer in stored] == [(len(each) - 1) // page * page for each in prompts]
     engine.cache.flush()
     engine = Engine(models("gqa"), {"dir": str(tmp_path), "block_tokens": 16, "aligned": True}, block_size=page)
-    assert engine.ask_each(prompts) == own
+    assert engine.ask_each(prompts, 4) == own
     assert engine.count("save") == 0

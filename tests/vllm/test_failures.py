@@ -14,7 +14,9 @@ from serving import Answer, Engine, prompt
 
 PAGE = 32
 SHARED = prompt(230, seed=1)
-PROMPTS = [SHARED[: 90 + 20 * n] + prompt(40 + n, seed=60 + n) for n in range(8)]
+KNOWN = [SHARED[: 90 + 20 * n] + prompt(40 + n, seed=60 + n) for n in range(8)]
+PROMPTS = [each + prompt(50, seed=70 + n) for n, each in enumerate(KNOWN)]
+"""Longer than what is stored: what is computed after a load fills blocks of its own, which are saved."""
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +31,10 @@ def reference(model: Path) -> list[tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def filled(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory that holds the prompts."""
+    """A directory that holds the beginnings of the prompts."""
     directory = tmp_path_factory.mktemp("filled")
     engine = serve(model, directory)
-    engine.ask_each(PROMPTS)
+    engine.ask_each(KNOWN)
     engine.stop()
     return directory
 

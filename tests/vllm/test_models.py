@@ -22,6 +22,7 @@ PROMPTS = [SHARED[: 60 + 30 * n] + prompt(25 + n, seed=70 + n) for n in range(5)
         ("gqa", "float16", 32),
         ("mha", "bfloat16", 32),
         ("gemma", "float32", 32),
+        ("smol", "bfloat16", 128),
     ],
 )
 def test_served_like_vllms_own_prefix_cache(
@@ -29,12 +30,12 @@ def test_served_like_vllms_own_prefix_cache(
 ) -> None:
     extra = {"dir": str(tmp_path), "memory": "16MiB", "disk": "256MiB", "block_tokens": 16, "aligned": True}
     engine = Engine(models(kind), extra, dtype=dtype, block_size=page)
-    engine.ask_each(PROMPTS)
-    own = engine.ask_each(PROMPTS)
+    engine.ask_each(PROMPTS, 4)
+    own = engine.ask_each(PROMPTS, 4)
     assert engine.count("load") == 0
     engine.stop()
     engine = Engine(models(kind), extra, dtype=dtype, block_size=page)
-    assert engine.ask_each(PROMPTS) == own
+    assert engine.ask_each(PROMPTS, 4) == own
     assert sum(answer.cached for answer in own) > 0
     assert engine.count("load") > 0
     assert engine.count("save") == 0

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from serving import prompt
+from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import (
     MultiModalFeatureSpec,
@@ -23,7 +24,6 @@ from kvkeep.engines.vllm.naming import Adapters, extras
 from kvkeep.identity import ModelIdentity
 from kvkeep.keys import block_keys
 from kvkeep.layout import KVLayout
-from vllm import SamplingParams
 
 LAYOUT = KVLayout.uniform(
     ModelIdentity("w", "float32"), num_layers=1, num_kv_heads=1, head_dim=8, dtype="float32", block_tokens=16

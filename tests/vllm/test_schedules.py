@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 from serving import Engine, prompt
+from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 
-from vllm import SamplingParams
-
 PAGE = 32
-LONG = 40
+LONG = 24
 """Tokens of the answers."""
 
 PROMPTS = [
