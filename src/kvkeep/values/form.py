@@ -34,6 +34,7 @@ DEPTH = 100
 """Of lists in lists."""
 
 _HEAD = struct.Struct("<4sI")
+_loads = json.JSONDecoder().decode
 _dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 _INT64 = 1 << 63
 
@@ -71,7 +72,7 @@ def unpack(data: Buffer) -> Any:
         if magic != MAGIC:
             raise FormError("no value of kvkeep")
         at = _HEAD.size + length
-        lengths, node = json.loads(bytes(view[_HEAD.size : at]))
+        lengths, node = _loads(str(view[_HEAD.size : at], "utf-8"))
         buffers = []
         for nbytes in lengths:
             at += -at % ALIGN

@@ -109,7 +109,7 @@ class _Parts:
     def current(self) -> bool:
         """Are the functions and modules that the names stand for still the same?"""
         return all(
-            (value := read()) is was and getattr(value, "__code__", None) is code for read, was, code in self._fixed
+            (value := read()) is was and (code is None or value.__code__ is code) for read, was, code in self._fixed
         )
 
     def _say(self, *words: str | bytes) -> None:
