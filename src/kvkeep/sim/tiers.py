@@ -1,7 +1,8 @@
 """Several tiers: hits by tier, and what is written to the slower ones under each write rule.
 
-As ``tiered.py`` does it: the first tier gets all that its policy admits, blocks found below are copied up, the tiers
-below it get what their write rule wants, and a block that is found is touched where it was found.
+As ``tiered.py`` does it: blocks found below are copied up, the tiers below the first get what their write rule wants,
+and a block that is found is touched where it was found. One thing is simpler here: the first tier gets only what its
+policy admits, while a cache's first tier also holds, for a while, what waits to be written down.
 """
 
 from __future__ import annotations
@@ -85,9 +86,11 @@ class Tiers:
             wanted = missing[number]
             if number:
                 wanted = _wanted(self.rules[number - 1], keys, asked, wanted, accesses)
-            owner.store(keys, wanted, accesses)
+            # A tier's policy is told of what its own tier has: what comes up from below is new to it.
+            own = accesses_of(request, 0 if request.start else owner.prefix(keys))
+            owner.store(keys, wanted, own)
             for at in reversed(found[number]):
-                owner.policy.touch(keys[at], accesses[at])
+                owner.policy.touch(keys[at], own[at])
 
 
 def _wanted(
