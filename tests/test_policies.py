@@ -13,6 +13,7 @@ from kvkeep.keys import BlockKey
 from kvkeep.policies.base import Access, EvictionPolicy
 from kvkeep.policies.clock import CLOCK
 from kvkeep.policies.fifo import FIFO
+from kvkeep.policies.hazard import Hazard
 from kvkeep.policies.lfu import LFU
 from kvkeep.policies.lru import LRU
 from kvkeep.policies.sieve import SIEVE
@@ -138,3 +139,23 @@ def test_sieve_asked_in_vain_forgets_nothing() -> None:
     sieve.touch(key(0), Access(1.0))
     assert sieve.victim(lambda _: False) is None
     assert drain(sieve) == [key(1), key(2), key(0)]
+
+
+def test_leaves_that_pins_keep_are_not_multiplied() -> None:
+    """Asked again and again past pinned blocks at one time, hazard looks at each of them once."""
+    policy = Hazard(20)
+    for number in range(8):
+        policy.insert(key(number), 1, Access(float(number)))
+    policy.touch(key(7), Access(10.0))
+    asked = 0
+
+    def allowed(block: BlockKey) -> bool:
+        nonlocal asked
+        asked += 1
+        return block == key(7)
+
+    for number in range(8):
+        assert policy.victim(allowed) == key(7)
+        policy.insert(key(100 + number), 1, Access(10.0, prompt_blocks=5 + number))
+        policy.remove(key(100 + number), evicted=True)
+    assert asked <= 8 * 9

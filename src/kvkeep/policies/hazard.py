@@ -140,24 +140,24 @@ class Hazard(EvictionPolicy):
 
     def victim(self, allowed: Allowed) -> BlockKey | None:
         self._rank()
-        passed: list[tuple[float, _Leaf, int]] = []
+        passed: dict[BlockKey, tuple[float, _Leaf, int]] = {}  # once each, however often it is ranked
         found = None
         while self._ranked:
             entry = self._ranked[0]
             _, leaf, kind = entry
-            if self._holds(leaf, kind):
+            if leaf[2] not in passed and self._holds(leaf, kind):
                 if allowed(leaf[2]):
                     found = leaf[2]
                     break
-                passed.append(entry)
-                heap = self._leaves[kind]
-                if heap and heap[0] == leaf:
-                    heappop(heap)
+                passed[leaf[2]] = entry
             heappop(self._ranked)
+            heap = self._leaves.get(kind)
+            while heap and heap[0][2] in passed:
+                heappop(heap)
             self._rank_class(kind)
-        for entry in passed:
+        for entry in passed.values():
             heappush(self._ranked, entry)
-            heappush(self._leaves[entry[2]], entry[1])
+            heappush(self._leaves.setdefault(entry[2], []), entry[1])
         if found is None:  # pins keep all leaves
             found = next((key for key in self._blocks if allowed(key)), None)
         return found
