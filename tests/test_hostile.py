@@ -380,3 +380,13 @@ def test_a_codec_that_is_not_installed_here_deletes_nothing_on_a_server(cache: k
 
 def test_records_are_64_bytes() -> None:
     assert len(record(1, 0, 1, key(1))) == disk.RECORD_NBYTES == struct.calcsize("<B3xII4xQ32s8s")
+
+
+def test_the_index_of_values_does_not_grow_with_memory(tmp_path: Path) -> None:
+    """It lies in the directory: a large memory tier over a small disk must not make it larger than the disk."""
+    with kvkeep.open(tmp_path / "kept", memory="64MiB", disk="4MiB") as cache:
+        for number in range(2000):
+            cache.set_value(f"name {number}", "x" * 50)
+    taken = sum(entry.stat().st_blocks * 512 for entry in (tmp_path / "kept").iterdir())
+    assert taken < 4 << 20
+    assert sum(entry.stat().st_size for entry in (tmp_path / "kept").glob("values.sqlite")) <= 128 << 10

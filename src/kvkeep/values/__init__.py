@@ -39,7 +39,9 @@ def open_values(tiers: TieredStore, *, namespace: bytes, observer: Observer, dir
     from kvkeep.values.index import Index, MemoryIndex
     from kvkeep.values.store import Values, layout_of
 
-    capacity = max(tier.store.capacity or 0 for tier in tiers.tiers) // SHARE
+    # A directory's index lies within the disk's budget, however large memory is.
+    homes = [tier for tier in tiers.tiers if not tier.trusted and tier.owned] or tiers.tiers
+    capacity = max(tier.store.capacity or 0 for tier in homes) // SHARE
     capacity = min(max(capacity, MIN_NBYTES), MAX_NBYTES)
     locks: list[Locks] = [] if directory is None else [FileLocks(directory / CLAIMS_FILE)]
     last = tiers.tiers[-1].store
