@@ -27,7 +27,7 @@ def layout(weights: str) -> kvkeep.KVLayout:
 def directory(tmp_path: Path) -> Path:
     """Four blocks of model ``one``, two of model ``two``; nobody holds them."""
     path = tmp_path / "kept"
-    with kvkeep.open(path, memory="4MiB", disk="16MiB") as cache:
+    with kvkeep.open(path, memory="4MiB", disk="16MiB", codec="raw") as cache:
         for name, tokens in (("one", TOKENS), ("two", TOKENS[:32])):
             assert cache.bind(layout(name), description=name).save(tokens, Pattern()) == len(tokens) // 16
         assert cache.flush(10)
