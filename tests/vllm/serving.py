@@ -43,7 +43,7 @@ class Engine:
             }
         options = {
             "skip_tokenizer_init": True, "max_model_len": 2048, "enforce_eager": True, "dtype": "float32",
-            "kv_cache_memory_bytes": 64 << 20, "disable_log_stats": False, **options,
+            "kv_cache_memory_bytes": 128 << 20, "disable_log_stats": False, **options,
         }  # fmt: skip
         try:
             self.llm = LLM(str(model), **options)

@@ -58,8 +58,11 @@ def damage(directory: Path, every: int) -> None:
             file.write(data)
 
 
-@pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("every", [20_000, 1_500_000], ids=["all blocks", "some blocks"])
+@pytest.mark.parametrize(
+    ("every", "background"),
+    [(20_000, False), (1_500_000, False), (1_500_000, True)],
+    ids=["all blocks", "some blocks", "some blocks, in the background"],
+)
 def test_damaged_blocks(
     every: int, background: bool, model: Path, filled: Path, tmp_path: Path, reference: list[tuple[int, ...]]
 ) -> None:
