@@ -58,7 +58,14 @@ WITHIN: dict[str, tuple[str, ...]] = {
 SIBLINGS = ("stores", "codecs", "policies", "engines")
 """Folders whose modules never import one another, but for ``base`` and what is named here."""
 
-SHARED = {"stores.extents", "stores.redis_wire", "stores.redis_servers", "stores.redis_cluster", "engines.weights"}
+SHARED = {
+    "stores.extents",
+    "stores.url",
+    "stores.redis_wire",
+    "stores.redis_servers",
+    "stores.redis_cluster",
+    "engines.weights",
+}
 SHARED |= {f"codecs.{part}" for part in ("values", "kernels", "reference", "compiled", "entropy", "lossy")}
 SHARED |= {"policies.queue", "policies.ranking", "policies.survival"}
 """Parts of one implementation, or of several, in a file of their own."""

@@ -31,15 +31,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, unquote_to_bytes
+from urllib.parse import unquote_to_bytes
 
 import xxhash
 
 from kvkeep.buffers import Buffer, BufferPool, nbytes_of
-from kvkeep.errors import ConfigError, StoreError, ValueTooLargeError, nearest
+from kvkeep.errors import ConfigError, StoreError, ValueTooLargeError
 from kvkeep.keys import BlockKey
 from kvkeep.stores.base import Item, Store
 from kvkeep.stores.redis_wire import Wire, garbage
+from kvkeep.stores.url import options
 
 PART_NBYTES = (1 << 20) - (4 << 10)
 """Under the usual limit of an item (``-I 1m``) with its name and header."""
@@ -59,7 +60,6 @@ MONTH = 30 * 86400
 """Memcached takes a longer time to live for a date."""
 
 NUMBERS = ("ttl", "lookup_timeout", "load_timeout", "save_timeout", "rate")
-OPTIONS = ("prefix", *NUMBERS)
 
 Reply = TypeVar("Reply")
 
@@ -110,17 +110,10 @@ class MemcachedStore(Store):
         hosts, _, query = url.partition("://")[2].partition("?")
         if "@" in hosts:
             raise ConfigError("Memcached is asked without user and password: give it a network of its own")
-        options: dict[str, Any] = {} if ttl is None else {"ttl": ttl}
-        for name, text in parse_qsl(query, keep_blank_values=True):
-            if name not in OPTIONS:
-                raise ConfigError(f"an address of Memcached has no option {name!r}; {nearest(name, list(OPTIONS))}")
-            try:
-                options[name] = text if name == "prefix" else float(text)
-            except ValueError:
-                raise ConfigError(f"{name} in an address is a number, of seconds or of bytes a second") from None
-            if name in NUMBERS and not options[name] > 0:
-                raise ConfigError(f"{name} is above 0")
-        return cls([_host(part) for part in hosts.strip("/").split(",") if part], **options)
+        told = options(query, "Memcached", texts=("prefix",), numbers=NUMBERS)
+        if ttl is not None:
+            told.setdefault("ttl", ttl)
+        return cls([_host(part) for part in hosts.strip("/").split(",") if part], **told)
 
     def __repr__(self) -> str:
         return f"MemcachedStore({', '.join(self._nodes)}, prefix={self.prefix!r})"

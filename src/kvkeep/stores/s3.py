@@ -22,12 +22,12 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import parse_qsl
 
 from kvkeep.buffers import Buffer, nbytes_of
-from kvkeep.errors import ConfigError, StoreError, ValueTooLargeError, nearest
+from kvkeep.errors import ConfigError, StoreError, ValueTooLargeError
 from kvkeep.keys import BlockKey
 from kvkeep.stores.base import Item, Store
+from kvkeep.stores.url import options
 
 if TYPE_CHECKING:
     from obstore.store import S3Store as Bucket
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 THREADS = 32
 LARGEST_NBYTES = (1 << 30) + (1 << 20)
 NUMBERS = ("lookup_timeout", "load_timeout", "save_timeout", "rate")
-OPTIONS = ("region", "endpoint", *NUMBERS)
 
 Reply = TypeVar("Reply")
 
@@ -95,17 +94,8 @@ class S3Store(Store):
         if "@" in path:
             raise ConfigError("an address of S3 has no user and password: set AWS_ACCESS_KEY_ID and its like")
         bucket, _, prefix = path.partition("/")
-        options: dict[str, Any] = {}
-        for name, text in parse_qsl(query, keep_blank_values=True):
-            if name not in OPTIONS:
-                raise ConfigError(f"an address of S3 has no option {name!r}; {nearest(name, list(OPTIONS))}")
-            try:
-                options[name] = float(text) if name in NUMBERS else text
-            except ValueError:
-                raise ConfigError(f"{name} in an address is a number, of seconds or of bytes a second") from None
-            if name in NUMBERS and not options[name] > 0:
-                raise ConfigError(f"{name} is above 0")
-        return cls(bucket, prefix=prefix.strip("/"), **options)
+        told = options(query, "S3", texts=("region", "endpoint"), numbers=NUMBERS)
+        return cls(bucket, prefix=prefix.strip("/"), **told)
 
     def __repr__(self) -> str:
         return f"S3Store({self._where})"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
 
 from kvkeep import secret
 from kvkeep.errors import ConfigError, nearest
@@ -62,6 +63,21 @@ def shown(url: str) -> str:
     # First the @, then the ?, since a password that was not encoded may hold one.
     place = url.partition("://")[2].rpartition("@")[2].partition("?")[0]
     return f"{scheme_of(url)}://{place}"
+
+
+def options(query: str, server: str, *, texts: tuple[str, ...], numbers: tuple[str, ...]) -> dict[str, Any]:
+    """What an address says after its ``?``: ``numbers`` are seconds or bytes a second, above 0."""
+    found: dict[str, Any] = {}
+    for name, text in parse_qsl(query, keep_blank_values=True):
+        if name not in texts + numbers:
+            raise ConfigError(f"an address of {server} has no option {name!r}; {nearest(name, texts + numbers)}")
+        try:
+            found[name] = float(text) if name in numbers else text
+        except ValueError:
+            raise ConfigError(f"{name} in an address is a number, of seconds or of bytes a second") from None
+        if name in numbers and not found[name] > 0:
+            raise ConfigError(f"{name} is above 0")
+    return found
 
 
 def _address(url: str) -> str:

@@ -23,7 +23,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -108,6 +108,9 @@ class Process:
 
     def log(self) -> str:
         return (self.folder / "log").read_text(errors="replace")
+
+
+Server = TypeVar("Server", bound=Process)
 
 
 class RedisServer(Process):
@@ -224,28 +227,6 @@ class S3Server(Process):
 
 
 @contextlib.contextmanager
-def memcached_server(*options: str, megabytes: int = 64) -> Iterator[MemcachedServer]:
-    with folder() as path:
-        server = MemcachedServer(path, *options, megabytes=megabytes)
-        try:
-            server.start()
-            yield server
-        finally:
-            server.kill()
-
-
-@contextlib.contextmanager
-def s3_server() -> Iterator[S3Server]:
-    with folder() as path:
-        server = S3Server(path)
-        try:
-            server.start()
-            yield server
-        finally:
-            server.kill()
-
-
-@contextlib.contextmanager
 def folder() -> Iterator[Path]:
     """A folder with a short name, as unix sockets want it."""
     path = Path(tempfile.mkdtemp(prefix="kvk-", dir="/tmp"))
@@ -256,14 +237,28 @@ def folder() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def redis_server(*options: str, binary: str | None = None, maxmemory: str = "256mb") -> Iterator[RedisServer]:
+def _running(make: Callable[[Path], Server]) -> Iterator[Server]:
     with folder() as path:
-        server = RedisServer(path, *options, binary=binary, maxmemory=maxmemory)
-        server.start()
+        server = make(path)
         try:
+            server.start()
             yield server
         finally:
             server.kill()
+
+
+def redis_server(
+    *options: str, binary: str | None = None, maxmemory: str = "256mb"
+) -> contextlib.AbstractContextManager[RedisServer]:
+    return _running(lambda path: RedisServer(path, *options, binary=binary, maxmemory=maxmemory))
+
+
+def memcached_server(*options: str, megabytes: int = 64) -> contextlib.AbstractContextManager[MemcachedServer]:
+    return _running(lambda path: MemcachedServer(path, *options, megabytes=megabytes))
+
+
+def s3_server() -> contextlib.AbstractContextManager[S3Server]:
+    return _running(S3Server)
 
 
 class RedisCluster:
