@@ -111,18 +111,28 @@ def test_priority_of_a_bound_cache() -> None:
         assert stored(others, prompt(1)) == 4
 
 
-@pytest.mark.parametrize("codec", ["lossless", {"memory": "lossless"}, {"disk": "raw", "memory": "lossless"}])
-def test_each_tier_has_its_codec(tmp_path: Path, codec: str | dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("codec", "memory", "disk"),
+    [
+        (None, "raw", "lossless"),
+        ("lossless", "raw", "lossless"),
+        ("raw", "raw", "raw"),
+        ({"memory": "lossless"}, "lossless", "lossless"),
+        ({"disk": "raw", "memory": "lossless"}, "lossless", "raw"),
+    ],
+)
+def test_each_tier_has_its_codec(tmp_path: Path, codec: str | dict[str, str] | None, memory: str, disk: str) -> None:
     tokens = prompt(1, 8)
     with kvkeep.open(tmp_path, memory="4MiB", disk="8MiB", codec=codec) as root:
         cache = root.bind(LAYOUT)
         assert cache.save(tokens, Source(tokens)) == 8
         assert root.flush(10)
+        found = []
         for tier in root.store.tiers:
             with tier.store.read([key for key, _ in tier.store.items()][:1]) as (value,):
                 assert value is not None
-                name = bytes(value[96:112]).rstrip(b"\0").decode()
-            assert name == (codec if isinstance(codec, str) else codec.get(tier.name, "lossless"))
+                found.append(bytes(value[96:112]).rstrip(b"\0").decode())
+        assert found == [memory, disk]
         sink = Sink()
         with cache.lease(cache.match(tokens)) as lease:
             cache.load(lease, sink)
@@ -194,3 +204,8 @@ def test_a_recording_can_be_replayed(tmp_path: Path) -> None:
     assert [len(request.keys) for request in trace.requests] == [4, 4, 4]
     assert trace.requests[0].keys == trace.requests[2].keys != trace.requests[1].keys
     assert trace.block_tokens == 16
+
+
+def test_one_codec_is_for_memory_too_if_that_is_all_there_is() -> None:
+    with kvkeep.open(memory="4MiB", codec="lossless") as root:
+        assert root.store.tiers[0].codec.name == "lossless"

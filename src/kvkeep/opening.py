@@ -69,8 +69,9 @@ def open(
     see :mod:`kvkeep.stores.url`. ``memory``, ``disk``: bytes, or a size such as ``"2GiB"``; 0 leaves the tier out.
 
     These take one value, or one for each tier, as in ``{"memory": "lru", "disk": "fifo"}``: ``policy`` evicts from
-    memory and disk (a server evicts by its own); ``codec`` is what blocks are stored in, by
-    default ``raw`` in memory and ``lossless`` below (``raw`` without the extra ``zstd``);
+    memory and disk (a server evicts by its own); ``codec`` is what blocks are stored in:
+    by default ``raw`` in memory and ``lossless`` below (``raw`` without the extra ``zstd``), and one value is for the
+    tiers below memory, since what is encoded in memory is encoded while the request waits;
     ``ttl`` is how long a block may be kept, in seconds or as ``"7d"``; ``quota`` is what the blocks of one namespace
     may take of memory and of disk, in this process: who needs more evicts its own. ``write_rule`` says which blocks
     are written down to disk and server: ``"all"``, ``"seen-twice"`` (by a second request) or ``"predicted"``;
@@ -101,12 +102,14 @@ def open(
                           ("write_rule", write_rule), ("admission", admission)]:  # fmt: skip
         check_per_tier(option, value)
 
+    alone = not disk_nbytes and remote is None
+
     def tier(name: str, store: Store, *, owned: bool = True) -> Tier:
         return Tier(
             name,
             store,
             policy=_policy(_of(policy, name, DEFAULT_POLICY)) if owned else None,
-            codec=registry.lookup("codecs", _of(codec, name, None) or _default_codec(name))(),
+            codec=registry.lookup("codecs", _codec(codec, name, alone=alone))(),
             observer=told,
             trusted=name == "memory",
             ttl=_seconds(_of(ttl, name, None)) if owned else None,
@@ -165,9 +168,12 @@ def _no_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _default_codec(tier: str) -> str:
-    """As it is in memory, without loss below where zstandard is installed."""
-    return "raw" if tier == "memory" or find_spec("zstandard") is None else "lossless"
+def _codec(codec: PerTier[str] | None, tier: str, *, alone: bool) -> str:
+    """``alone``: memory is the only tier."""
+    if isinstance(codec, str) and (tier != "memory" or alone):
+        return codec
+    named = codec.get(tier) if isinstance(codec, Mapping) else None
+    return named or ("raw" if tier == "memory" or find_spec("zstandard") is None else "lossless")
 
 
 def check_per_tier(option: str, value: Any) -> None:
