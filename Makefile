@@ -25,7 +25,7 @@ help:
 	@echo "make demo    a real model, a long document: cold, from memory, after a restart"
 	@echo "make test    lint, types and all tests, those with a real model too"
 	@echo "make demo-vllm   a real vLLM server, asked before and after a restart; JSON=1: one line of JSON"
-	@echo "make test-vllm   the tests on real vLLM (in $(VLLM_VENV)); not yet part of make test"
+	@echo "make test-vllm   the tests on real vLLM (in $(VLLM_VENV)); make test runs them too"
 	@echo "make bench-vllm  the figures of docs/engines/vllm.md; make bench-lmcache: with LMCache in the same table"
 	@echo "make bench   the figures of docs/benchmarks.md"
 	@echo "make wheel   build dist/*.whl"
@@ -42,8 +42,7 @@ $(STAMP): pyproject.toml $(LOCK) requirements/venv.sh requirements/servers.sh
 demo: setup
 	$(BIN)/kvkeep demo $(ARGS)
 
-# test-vllm joins these once it has passed in a fresh clone on a quiet machine: see issue 3.
-test: lint tests tests-model
+test: lint tests tests-model $(if $(VLLM_HERE),test-vllm,skip-vllm)
 
 lint: setup
 	$(BIN)/ruff check .
