@@ -159,3 +159,11 @@ def test_leaves_that_pins_keep_are_not_multiplied() -> None:
         policy.insert(key(100 + number), 1, Access(10.0, prompt_blocks=5 + number))
         policy.remove(key(100 + number), evicted=True)
     assert asked <= 8 * 9
+
+
+def test_what_a_restart_finds_goes_oldest_first() -> None:
+    """Nothing is known of it but its order."""
+    policy = Hazard(100)
+    for number in (5, 3, 9, 1, 7):
+        policy.insert(key(number), 1, Access(50.0))
+    assert drain(policy) == [key(number) for number in (5, 3, 9, 1, 7)]

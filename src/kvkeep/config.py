@@ -6,7 +6,7 @@
     memory = "2GiB"
     disk = "20GiB"
     remote = "redis://host:6379/0"
-    policy = "lru"
+    policy = "hazard"
     codec = "lossless"     # default: raw in memory, lossless below
     ttl = "30d"
     quota = "2GiB"         # of one namespace
@@ -39,7 +39,7 @@ from typing import Any
 from kvkeep import admission, registry
 from kvkeep.cache import KVCache
 from kvkeep.errors import ConfigError, nearest
-from kvkeep.opening import PerTier, check_per_tier
+from kvkeep.opening import DEFAULT_POLICY, PerTier, check_per_tier
 from kvkeep.opening import open as open_cache
 from kvkeep.quality import MAX_KL
 from kvkeep.sizes import parse_age, parse_size
@@ -55,7 +55,7 @@ class Config:
     memory: int = 1 << 30
     disk: int = 10 << 30
     remote: str | None = field(default=None, repr=False)  # a URL may hold a password
-    policy: PerTier[str] = "lru"
+    policy: PerTier[str] = DEFAULT_POLICY
     codec: PerTier[str] | None = None
     ttl: PerTier[float | str | None] = None
     quota: PerTier[int | str | None] = None

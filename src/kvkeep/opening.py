@@ -34,7 +34,8 @@ from kvkeep.tiered import TieredStore
 STAGING_NBYTES = 512 << 20
 """Memory that a cache without a memory tier may take for blocks on their way to disk; touched only as needed."""
 
-DEFAULT_POLICY = "lru"
+DEFAULT_POLICY = "hazard"
+"""The best or as good as the best at every capacity of the traces that were replayed: docs/policies.md."""
 
 TIERS = ("memory", "disk", "remote")
 

@@ -58,10 +58,12 @@ class _Block(NamedTuple):
     position: int
     parent: BlockKey | None
     nbytes: int
+    order: int
 
 
-_Leaf = tuple[int, int, BlockKey]
-"""Number of the turn, minus the position, key: the oldest first, and of one turn's the deepest."""
+_Leaf = tuple[int, int, int, BlockKey]
+"""Number of the turn, minus the position, order of insertion, key: the oldest first, and of one turn's the deepest. (What
+a restart finds comes as one turn without positions, oldest first.)"""
 
 
 class Hazard(EvictionPolicy):
@@ -85,7 +87,7 @@ class Hazard(EvictionPolicy):
         self._current: _Turn | None = None
         self._tip: BlockKey | None = None  # the last resident block of the request that is being admitted
         self._now = 0.0
-        self._used = self._promised = 0
+        self._used = self._promised = self._inserted = 0
 
     # The owner's calls
 
@@ -107,18 +109,19 @@ class Hazard(EvictionPolicy):
             ghost.ghost = None
         self._promised = max(0, self._promised - nbytes)
         self._used += nbytes
-        self._blocks[key] = _Block(turn, access.position, access.parent, nbytes)
+        self._inserted += 1
+        self._blocks[key] = _Block(turn, access.position, access.parent, nbytes, self._inserted)
         if access.parent is not None:
             self._children[access.parent] = self._children.get(access.parent, 0) + 1
         if key not in self._children:
-            self._offer((turn.number, -access.position, key), turn)
+            self._offer((turn.number, -access.position, self._inserted, key), turn)
 
     def touch(self, key: BlockKey, access: Access) -> None:
         block = self._blocks[key]
         turn = self._request(key, access)
-        self._blocks[key] = _Block(turn, access.position, block.parent, block.nbytes)
+        self._blocks[key] = _Block(turn, access.position, block.parent, block.nbytes, block.order)
         if key not in self._children:
-            self._offer((turn.number, -access.position, key), turn)
+            self._offer((turn.number, -access.position, block.order, key), turn)
 
     def remove(self, key: BlockKey, *, evicted: bool) -> None:
         block = self._blocks.pop(key, None)
@@ -136,7 +139,7 @@ class Hazard(EvictionPolicy):
                 del self._children[parent]
                 above = self._blocks.get(parent)
                 if above is not None:
-                    self._offer((above.turn.number, -above.position, parent), above.turn)
+                    self._offer((above.turn.number, -above.position, above.order, parent), above.turn)
 
     def victim(self, allowed: Allowed) -> BlockKey | None:
         self._rank()
@@ -145,14 +148,14 @@ class Hazard(EvictionPolicy):
         while self._ranked:
             entry = self._ranked[0]
             _, leaf, kind = entry
-            if leaf[2] not in passed and self._holds(leaf, kind):
-                if allowed(leaf[2]):
-                    found = leaf[2]
+            if leaf[-1] not in passed and self._holds(leaf, kind):
+                if allowed(leaf[-1]):
+                    found = leaf[-1]
                     break
-                passed[leaf[2]] = entry
+                passed[leaf[-1]] = entry
             heappop(self._ranked)
             heap = self._leaves.get(kind)
-            while heap and heap[0][2] in passed:
+            while heap and heap[0][-1] in passed:
                 heappop(heap)
             self._rank_class(kind)
         for entry in passed.values():
@@ -168,12 +171,12 @@ class Hazard(EvictionPolicy):
     # Leaves by index
 
     def _holds(self, leaf: _Leaf, kind: int) -> bool:
-        block = self._blocks.get(leaf[2])
+        block = self._blocks.get(leaf[-1])
         return (
             block is not None
             and block.turn.number == leaf[0]
             and block.turn.kind == kind
-            and leaf[2] not in self._children
+            and leaf[-1] not in self._children
         )
 
     def _offer(self, leaf: _Leaf, turn: _Turn) -> None:
@@ -197,7 +200,7 @@ class Hazard(EvictionPolicy):
         while heap:
             leaf = heap[0]
             if self._holds(leaf, kind):
-                heappush(self._ranked, (self._rank_of(self._blocks[leaf[2]].turn), leaf, kind))
+                heappush(self._ranked, (self._rank_of(self._blocks[leaf[-1]].turn), leaf, kind))
                 return
             heappop(heap)
 
