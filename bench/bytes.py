@@ -91,14 +91,14 @@ def main() -> None:
         row("disk write", "kvkeep slabs", *writer(folder / "write", rows))
         if cold:
             row("disk load, cold", "O_DIRECT", direct.read)
-            with kvkeep.open(folder / "kvkeep", memory=0, disk="1GiB") as root:
+            with kvkeep.open(folder / "kvkeep", memory=0, disk="1GiB", codec="raw") as root:
                 root.bind(LAYOUT).save(tokens, Rows(rows))
             caches: list[kvkeep.KVCache] = []
 
             def reopen() -> None:
                 for opened in caches:
                     opened.close()
-                caches[:] = [kvkeep.open(folder / "kvkeep", memory="1MiB", disk="1GiB").bind(LAYOUT)]
+                caches[:] = [kvkeep.open(folder / "kvkeep", memory="1MiB", disk="1GiB", codec="raw").bind(LAYOUT)]
                 drop_page_cache()
 
             row("disk load, cold", "kvkeep slabs", lambda: load(caches[0]), reopen)

@@ -62,8 +62,8 @@ class _Block(NamedTuple):
 
 
 _Leaf = tuple[int, int, int, BlockKey]
-"""Number of the turn, minus the position, order of insertion, key: the oldest first, and of one turn's the deepest. (What
-a restart finds comes as one turn without positions, oldest first.)"""
+"""Number of the turn, minus the position, order of insertion, key: the oldest first, and of one turn's the deepest.
+(What a restart finds comes as one turn without positions, oldest first.)"""
 
 
 class Hazard(EvictionPolicy):
