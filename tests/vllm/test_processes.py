@@ -97,7 +97,8 @@ def test_two_servers_and_one_is_killed_while_it_saves(models: Callable[[str], Pa
 
 def test_ranks_keep_their_shards(models: Callable[[str], Path], tmp_path: Path) -> None:
     """Two ranks in processes of their own, beside the scheduler's. All ranks hit, or none."""
-    extra = {"dir": str(tmp_path), "memory": "1MiB", "disk": "128MiB", "block_tokens": 16, "aligned": True}
+    extra: dict[str, Any] = {"dir": str(tmp_path), "memory": "1MiB", "disk": "128MiB", "block_tokens": 16}
+    extra |= {"aligned": True, "policy": "lru"}  # by age: other prompts push PROMPTS out of memory
     options = {"block_size": PAGE, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     with child(models("gqa")) as ranks:
         ranks.do(start=extra, options=options)
