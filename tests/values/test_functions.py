@@ -260,6 +260,22 @@ def test_promises_are_refused(cache: KVCache) -> None:
         cache.memoize(3)
 
 
+def test_wrong_options_are_refused_where_they_are_given(cache: KVCache) -> None:
+    for options in ({"tags": "eu"}, {"tags": [7]}, {"ttl": "1h"}, {"ttl": -1}, {"stale": -1}):
+        with pytest.raises((TypeError, ValueError), match=r"tag|ttl"):
+            cache.memoize(**options)(helper)  # type: ignore[call-overload]
+
+
+def test_a_method_says_that_its_object_is_an_argument(cache: KVCache) -> None:
+    class Scaler:
+        @cache.memoize
+        def scaled(self, x: Any) -> Any:
+            return x
+
+    with pytest.raises(TypeError, match=r"argument of .*Scaler.scaled \(self"):
+        Scaler().scaled(1)
+
+
 def test_trusted_arguments_are_hashed_faster_and_apart(cache: KVCache) -> None:
     big = np.zeros(100_000)
     careful, fast = Identity(helper), Identity(helper, trusted=True)

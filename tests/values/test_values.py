@@ -102,6 +102,25 @@ def test_a_key_is_its_type_too(cache: KVCache) -> None:
     for bad in ([1], {"a": 1}, np.float64(1.0), ARRAY, ("a", [1])):
         with pytest.raises(TypeError, match="a key is"):
             cache.get_value(bad)
+        with pytest.raises(TypeError, match="a key is"):
+            cache.set_value(bad, 1)
+
+
+def test_what_no_medium_takes_is_refused_before_it_is_asked(cache: KVCache) -> None:
+    """Else it would take the index for broken, and leave it alone."""
+    with pytest.raises(ValueError, match="digest of it instead"):
+        cache.set_value("x" * 10_000_000, 1)
+    assert cache.set_value("x" * 60_000, 2)
+    assert cache.get_value("x" * 60_000) == 2
+
+
+def test_a_life_may_be_longer_than_a_medium_counts(cache: KVCache) -> None:
+    for ttl in (40 * 86400, 20 * 365 * 86400, 1e300, 10**400):
+        assert cache.set_value(("for ever", str(ttl)[:9]), ARRAY, ttl=ttl)
+        assert cache.get_value(("for ever", str(ttl)[:9])) is not None
+    assert cache.get_or_compute("refreshed", lambda: 3, ttl=100, stale=1e300) == 3
+    assert cache.get_or_compute("refreshed", lambda: 4, ttl=100, stale=1e300) == 3
+    assert cache.counters.count("store_error") == 0
 
 
 def test_replacing_and_deleting(cache: KVCache) -> None:
@@ -138,6 +157,10 @@ def test_a_life_is_exact(cache: KVCache) -> None:
     for ttl in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="ttl"):
             cache.set_value("x", 1, ttl=ttl)
+    with pytest.raises(TypeError, match="seconds, not '7d'"):
+        cache.set_value("x", 1, ttl="7d")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="ttl"):
+        cache.get_or_compute("x", lambda: pytest.fail("computed in vain"), ttl=-1)
 
 
 def test_tags(opened: Callable[..., KVCache]) -> None:
@@ -157,6 +180,11 @@ def test_tags(opened: Callable[..., KVCache]) -> None:
     assert seen.get_values(["a", "b", "c"]) == [None, None, 3]
     with pytest.raises(TypeError, match="not one text"):
         cache.set_value("a", 1, tags="eu")
+    with pytest.raises(TypeError, match="not one text"):
+        cache.get_or_compute("a", lambda: 1, tags="eu")
+    for wrong in (7, ["eu"]):
+        with pytest.raises(TypeError):
+            cache.invalidate(wrong)  # type: ignore[arg-type]
 
 
 def test_equal_values_are_stored_once(cache: KVCache) -> None:

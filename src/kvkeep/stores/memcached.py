@@ -301,8 +301,7 @@ class MemcachedStore(Store):
         self._add(wire, name, _MANIFEST.pack(MAGIC, len(value)) + b"".join(digests))
 
     def _add(self, wire: Wire, name: bytes, value: Buffer) -> None:
-        seconds = 0 if self._ttl is None else max(1, round(self._ttl))
-        expiry = round(time.time()) + seconds if seconds > MONTH else seconds
+        expiry = expiry_of(0 if self._ttl is None else max(1, round(self._ttl)))
         wire.send([b"ms %b %d T%d ME\r\n" % (name, memoryview(value).nbytes, expiry), value, b"\r\n"])
         line = _line(wire)
         if line not in (b"HD", b"NS"):
@@ -492,6 +491,12 @@ def _line(wire: Wire) -> bytes:
     if line.startswith((b"ERROR", b"CLIENT_ERROR")):
         raise garbage(line)
     return line
+
+
+def expiry_of(seconds: int) -> int:
+    """As Memcached takes it, in 32 bits: 0 is for ever, and what is longer than a month is a date."""
+    date = round(time.time()) + seconds
+    return seconds if seconds <= MONTH else date if date < 1 << 31 else 0
 
 
 def _renumbered(

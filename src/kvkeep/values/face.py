@@ -63,11 +63,11 @@ class ValueFace(ABC):
 
         ``tags`` name groups for :meth:`invalidate`.
         """
-        return self.values.set_many({key: value}, ttl=ttl, tags=tags) == 1
+        return self.values.set_many([(key, value)], ttl=ttl, tags=tags) == 1
 
     def set_values(self, values: Mapping[Any, Any], *, ttl: float | None = None, tags: Iterable[str] = ()) -> int:
         """The same for many, in few round trips; how many are kept."""
-        return self.values.set_many(values, ttl=ttl, tags=tags)
+        return self.values.set_many(values.items(), ttl=ttl, tags=tags)
 
     def get_value(self, key: Any, default: Any = None) -> Any:
         """The value of ``key``, in memory of its own, or ``default``."""
@@ -147,9 +147,11 @@ class ValueFace(ABC):
         trusted: bool = False,
     ) -> Callable[..., Any]:
         from kvkeep.values.functions import Identity
+        from kvkeep.values.store import check_life, checked_tags
 
+        check_life(ttl, stale)
+        tags = checked_tags(tags)
         identity = Identity(function, version=version, trusted=trusted)
-        tags = list(tags)
 
         @functools.wraps(function)
         def memoized(*args: Any, **kwargs: Any) -> Any:

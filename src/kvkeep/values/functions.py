@@ -85,7 +85,14 @@ class Identity:
         digest = hashlib.sha256()
         _add(digest, self.name.encode(), str(self._version).encode(), parts.digest)
         names = sorted(kwargs)
-        for part in pack([[read() for read in parts.data], args, names, [kwargs[name] for name in names]]):
+        try:
+            packed = pack([[read() for read in parts.data], args, names, [kwargs[name] for name in names]])
+        except TypeError as error:
+            raise TypeError(
+                f"an argument of {self.name} (self and cls are arguments too), or what it uses, cannot be told apart "
+                f"by its content ({error}). Memoize a function of the values that matter instead"
+            ) from None
+        for part in packed:
             fast = self._trusted and memoryview(part).nbytes > LARGE_NBYTES
             _add(digest, xxhash.xxh3_128_digest(part) if fast else part)
         return digest.digest()

@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 
 from kvkeep.errors import StoreError
 from kvkeep.keys import BlockKey
-from kvkeep.stores.memcached import MONTH, MemcachedStore
+from kvkeep.stores.memcached import MemcachedStore, expiry_of
 from kvkeep.stores.redis_wire import Wire, garbage
 from kvkeep.values.index import NAME_NBYTES, Found, Index, Item
 
@@ -216,8 +216,7 @@ def _read(wire: Wire) -> _Seen | None:
 
 def _store(wire: Wire, key: bytes, data: bytes, life: float | None, seen: _Seen | None) -> bool:
     """Replace what was ``seen``, or add where there was nothing; has nobody else been quicker?"""
-    seconds = 0 if life is None else math.ceil(life) + 1
-    expiry = round(time.time()) + seconds if seconds > MONTH else seconds
+    expiry = expiry_of(0 if life is None else math.ceil(life) + 1)
     condition = b"ME" if seen is None else b"C" + seen.version
     wire.send([b"ms %b %d T%d %b\r\n" % (key, len(data), expiry, condition), data, b"\r\n"])
     return _line(wire) == b"HD"

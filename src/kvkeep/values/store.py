@@ -15,7 +15,7 @@ import hmac
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
@@ -42,6 +42,12 @@ REMEMBERED = 10_000
 """Values found below the first tier whose first use is remembered."""
 
 LONGEST_WAIT_SECONDS = 60.0
+
+LONGEST_LIFE_SECONDS = 100 * 365 * 86400.0
+"""What a ``ttl`` above it means too: media do not count any further."""
+
+MAX_KEY_NBYTES = 64 << 10
+"""Of a packed key, which stands in the index as it is."""
 
 Tags = Sequence[tuple[bytes, bytes]]
 """Names of tags, each with its generation now."""
@@ -84,20 +90,26 @@ class Values:
     # Names
 
     def set_many(
-        self, values: Mapping[Any, Any], *, ttl: float | None = None, tags: Iterable[str] = (), stale: float = 0.0
+        self,
+        values: Iterable[tuple[Any, Any]],
+        *,
+        ttl: float | None = None,
+        tags: Iterable[str] = (),
+        stale: float = 0.0,
     ) -> int:
-        """Set each; how many are kept. Raises ``TypeError`` before anything is set."""
-        packed = [(pack_key(key), pack(value)) for key, value in values.items()]
+        """Set each key and value; how many are kept. Raises ``TypeError`` before anything is set."""
+        check_life(ttl, stale)
+        packed = [(pack_key(key), pack(value)) for key, value in values]
         return self.set_packed(packed, ttl=ttl, stale=stale, tags=self.generations(tags))
 
     def set_packed(
         self, packed: Sequence[tuple[bytes, list[Buffer]]], *, ttl: float | None, stale: float, tags: Tags | None
     ) -> int:
         """The same, packed; with ``tags`` as they were when the computing began (None: they are not known)."""
-        if (ttl is not None and not 0 < ttl < float("inf")) or not 0 <= stale < float("inf"):
-            raise ValueError(f"ttl is a number of seconds above 0, or None; stale at least 0: not {ttl} and {stale}")
         if tags is None:
             return 0
+        stale = 0.0 if ttl is None else min(stale, LONGEST_LIFE_SECONDS)
+        life = None if ttl is None else min(ttl, LONGEST_LIFE_SECONDS) + stale
         items = []
         for key, parts in packed:
             nbytes = nbytes_of(parts)
@@ -106,8 +118,7 @@ class Values:
             if value is None and not self._keep(BlockKey(digest), parts, nbytes):
                 continue
             name = self.name(key)
-            entry = Entry(digest, nbytes, key, tuple(tags), stale if ttl is not None else 0.0, value)
-            life = None if ttl is None else ttl + stale
+            entry = Entry(digest, nbytes, key, tuple(tags), stale, value)
             kept_nbytes = nbytes if value is None else 0
             items.append(Item(name, self._encoded(name, entry), life, digest, kept_nbytes))
         orphans = self._asked(lambda: self.index.set_many(items), "a write") if items else []
@@ -158,11 +169,7 @@ class Values:
         A generation is a random token that is made when it is first asked for. A token that an index has lost is
         never made again, so what was stored under it stays lost.
         """
-        if isinstance(tags, str):
-            raise TypeError("tags is a list of texts, not one text")
-        names = [derive(self._namespace, b"kvkeep value tag 1", (tag.encode(),)) for tag in dict.fromkeys(tags)]
-        if len(names) > MAX_TAGS:
-            raise ValueError(f"{len(names)} tags: a value has at most {MAX_TAGS}")
+        names = [self._tag(tag) for tag in checked_tags(tags)]
         if not names:
             return ()
         return self._asked(lambda: self._generations(names), "a lookup")
@@ -176,7 +183,7 @@ class Values:
 
     def invalidate(self, tag: str) -> bool:
         """Make everything stale that carries ``tag``; was the index told?"""
-        name = derive(self._namespace, b"kvkeep value tag 1", (tag.encode(),))
+        name = self._tag(*checked_tags([tag]))
         return self._asked(lambda: self.index.delete(name), "a write") is not None
 
     # Computing
@@ -192,6 +199,8 @@ class Values:
         wait: float = LONGEST_WAIT_SECONDS,
     ) -> Any:
         """The value of a packed ``key``, computed by one of all who ask for it now."""
+        check_life(ttl, stale)
+        tags = checked_tags(tags)
         name = self.name(key)
         deadline = 0.0
         while True:
@@ -207,7 +216,7 @@ class Values:
                 elif value is MISSING:
                     call.followers += 1
             if leads:
-                return self._lead(call, name, key, compute, value, deadline, ttl, stale, list(tags))
+                return self._lead(call, name, key, compute, value, deadline, ttl, stale, tags)
             if value is not MISSING:
                 return value
             self._observer.event("value_wait")
@@ -265,6 +274,9 @@ class Values:
         mac = self._naming.copy()
         mac.update(key)
         return mac.digest()
+
+    def _tag(self, tag: str) -> bytes:
+        return derive(self._namespace, b"kvkeep value tag 1", (tag.encode(),))
 
     def stats(self, counters: Counters) -> ValueStats:
         usage = self._asked(self.index.usage, "a lookup")
@@ -418,9 +430,32 @@ class Values:
 
 
 def pack_key(key: Any) -> bytes:
-    """A key may be a text, bytes, a number, or a tuple of these. Raises ``TypeError``."""
+    """A key may be a text, bytes, a number, or a tuple of these. Raises ``TypeError``; ``ValueError`` on a long one."""
     _check_key(key)
-    return b"".join(pack(key))
+    packed = b"".join(pack(key))
+    if len(packed) > MAX_KEY_NBYTES:
+        raise ValueError(f"a key of {len(packed):,} bytes: at most {MAX_KEY_NBYTES:,}, so take a digest of it instead")
+    return packed
+
+
+def check_life(ttl: float | None, stale: float) -> None:
+    for seconds in (0.0 if ttl is None else ttl, stale):
+        if not isinstance(seconds, (int, float)):
+            raise TypeError(f"ttl and stale are numbers of seconds, not {seconds!r}")
+    if (ttl is not None and not 0 < ttl < float("inf")) or not 0 <= stale < float("inf"):
+        raise ValueError(f"ttl is a number of seconds above 0, or None; stale at least 0: not {ttl} and {stale}")
+
+
+def checked_tags(tags: Iterable[str]) -> list[str]:
+    """Each once. Raises ``TypeError`` and ``ValueError``."""
+    if isinstance(tags, str):
+        raise TypeError("tags is a list of texts, not one text")
+    found = list(dict.fromkeys(tags))
+    if not all(isinstance(tag, str) for tag in found):
+        raise TypeError(f"a tag is a text: not {found!r}")
+    if len(found) > MAX_TAGS:
+        raise ValueError(f"{len(found)} tags: a value has at most {MAX_TAGS}")
+    return found
 
 
 def _check_key(key: Any) -> None:
