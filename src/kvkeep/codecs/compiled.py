@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -134,24 +135,24 @@ class Compiled:
     _join4: Any
 
     def int8_encode(self, x: Array, stored: Array, s: Shape, dtype: str) -> bool:
-        return bool(self._int8_encode(_at(x), _at(stored), _Shape(*s), _KINDS[dtype]))
+        return bool(self._int8_encode(_at(x), _at(stored), _shape(s), _KINDS[dtype]))
 
     def int8_decode(self, stored: Array, x: Array, s: Shape, dtype: str) -> None:
-        _done(self._int8_decode(_at(stored), _at(x), _Shape(*s), _KINDS[dtype]))
+        _done(self._int8_decode(_at(stored), _at(x), _shape(s), _KINDS[dtype]))
 
     def int4_encode(self, x: Array, skip: int, stored: Array, s: Shape, dtype: str) -> bool:
-        return bool(self._int4_encode(_at(x), skip, _at(stored), _Shape(*s), _KINDS[dtype]))
+        return bool(self._int4_encode(_at(x), skip, _at(stored), _shape(s), _KINDS[dtype]))
 
     def int4_decode(self, stored: Array, x: Array, s: Shape, dtype: str) -> None:
-        _done(self._int4_decode(_at(stored), _at(x), _Shape(*s), _KINDS[dtype]))
+        _done(self._int4_decode(_at(stored), _at(x), _shape(s), _KINDS[dtype]))
 
     def uqz_encode(
         self, x: Array, skip: int, steps: tuple[float, float, float], out: tuple[Array, ...], s: Shape, dtype: str
     ) -> bool:
-        return bool(self._uqz_encode(_at(x), skip, *steps, *map(_at, out), _Shape(*s), _KINDS[dtype]))
+        return bool(self._uqz_encode(_at(x), skip, *steps, *map(_at, out), _shape(s), _KINDS[dtype]))
 
     def uqz_decode(self, grid: float, stored: tuple[Array, ...], x: Array, s: Shape, dtype: str) -> None:
-        _done(self._uqz_decode(grid, *map(_at, stored), _at(x), _Shape(*s), _KINDS[dtype]))
+        _done(self._uqz_decode(grid, *map(_at, stored), _at(x), _shape(s), _KINDS[dtype]))
 
     def split(self, words: Array, planes: list[Array]) -> None:
         function = self._split2 if len(planes) == 2 else self._split4
@@ -160,6 +161,11 @@ class Compiled:
     def join(self, planes: list[Array], words: Array) -> None:
         function = self._join2 if len(planes) == 2 else self._join4
         function(*map(_at, planes), _at(words), planes[0].size)
+
+
+@lru_cache(64)
+def _shape(shape: Shape) -> _Shape:
+    return _Shape(*shape)
 
 
 def _at(array: Array) -> int:
