@@ -19,7 +19,7 @@ from kvkeep.stores.redis_servers import parse
 from kvkeep.testing.servers import RedisCluster, RedisServer, Sentinels, free_port, redis_binary, redis_server, wait_for
 from kvkeep.testing.stores import StoreSuite, key, value
 
-SECRETS = ("open-sesame", "open%2Fsesame", "open/sesame", "ali-baba")
+SECRETS = ("open-sesame", "sesame=1", "sesame@", "open%2Fsesame", "open/sesame", "ali-baba")
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,17 @@ def test_what_an_address_means(address: str, shown: str) -> None:
         ("redis://host?ttl=0", "above 0"),
         ("redis://host?prefix=a*", "prefix"),
         ("redis://host?lookup_timeout=0", "lookup_timeout"),
+        ("redis://host?lookup_timeout=inf", "at most"),
+        ("redis://host?connect_timeout=1e99", "at most"),
+        ("redis://host?ttl=nan", "above 0"),
+        ("redis://:open?sesame@host", "percent-encoded"),
+        ("redis://:open?sesame=1@host", "percent-encoded"),
+        ("redis:host", "://"),
+        ("redis://host?ssl_ca_certs=/dev/null", "rediss://"),
+        ("unix:///run/redis.sock?ssl_cert_reqs=none", "rediss://"),
+        ("rediss://host?ssl_ca_certs=/nowhere", "no file"),
+        ("rediss://host?ssl_cert_reqs=yes", "required"),
+        ("rediss://host?ssl_min_version=1.1", "1.2, 1.3"),
     ],
 )
 def test_a_wrong_address_says_what_is_right(address: str, hint: str) -> None:
@@ -77,6 +88,19 @@ def test_a_wrong_address_says_what_is_right(address: str, hint: str) -> None:
         kvkeep.open(remote=address)
     text = "".join(traceback.format_exception(raised.value))
     assert not any(secret in text.replace(address, "") for secret in SECRETS)
+
+
+def test_an_address_without_its_slashes_is_no_directory() -> None:
+    with pytest.raises(ConfigError, match="no ://"):
+        kvkeep.open("redis:host")
+
+
+def test_what_a_server_says_is_explained(redis_shared: RedisServer) -> None:
+    sentinel = f"redis+sentinel://127.0.0.1:{redis_shared.port}/mymaster"
+    for address, hint in ((redis_shared.url.replace("/0", "/99"), "database"), (sentinel, "what the address says")):
+        store = url.open_store(address + "?lookup_timeout=5")
+        with contextlib.closing(store), pytest.raises(StoreError, match=hint):
+            store.contains(key(1))
 
 
 def test_a_node_of_a_cluster_is_no_single_server(cluster_shared: RedisCluster) -> None:
@@ -169,7 +193,8 @@ class TestTLS(StoreSuite):
 
 
 def test_large_values_over_tls(tls: str) -> None:
-    with contextlib.closing(RedisStore(tls, lookup_timeout=5, load_timeout=5)) as store:
+    address = tls + "&ssl_min_version=1.3"
+    with contextlib.closing(RedisStore(address, lookup_timeout=5, load_timeout=5)) as store:
         big = value(1, 12 << 20)
         store.put(key(1), [big[:192], memoryview(big)[192:]])
         assert store.get(key(1)) == big

@@ -13,7 +13,7 @@ from blocks import LAYOUT, Sink, Source
 from kvkeep.errors import ConfigError, StoreError
 from kvkeep.keys import BlockKey
 from kvkeep.stores.base import Store
-from kvkeep.stores.s3 import S3Store
+from kvkeep.stores.s3 import S3Store, _failure
 from kvkeep.stores.url import open_store
 from kvkeep.testing.servers import S3Server, s3_server, wait_for
 from kvkeep.testing.stores import StoreSuite
@@ -107,3 +107,13 @@ def test_a_wrong_address_is_named(url: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as raised:
         open_store(url)
     assert "hunter2" not in str(raised.value)
+
+
+def test_no_credentials_are_named_as_that() -> None:
+    """Without any, the client asks the cloud that the machine may run in."""
+    from obstore.exceptions import GenericError
+
+    error = GenericError("Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token in 1ms - 403")
+    found = _failure(error)
+    assert found.cause == "auth"
+    assert "AWS_ACCESS_KEY_ID" in str(found)

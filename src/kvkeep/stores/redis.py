@@ -32,6 +32,7 @@ from kvkeep.stores.base import Item, Store
 from kvkeep.stores.redis_cluster import Cluster
 from kvkeep.stores.redis_servers import CONNECT_SECONDS, STORE_OPTIONS, Server, connect, failure, parse
 from kvkeep.stores.redis_wire import Wire, outcome, pack, word
+from kvkeep.stores.url import number
 
 __all__ = ["RedisStore", "connect"]
 
@@ -88,8 +89,7 @@ class RedisStore(Store):
         for name, seconds in (("lookup_timeout", lookup_timeout), ("load_timeout", load_timeout),
                               ("save_timeout", save_timeout), ("connect_timeout", connect_timeout),
                               ("rate", rate), ("ttl", 1.0 if ttl is None else ttl)):  # fmt: skip
-            if not seconds > 0:
-                raise ConfigError(f"{name} is above 0")
+            number(name, seconds)
         self.prefix = prefix
         self._ttl = None if ttl is None else max(1, round(ttl * 1000))
         self.lookup_timeout, self._load_timeout, self.save_timeout = lookup_timeout, load_timeout, save_timeout
@@ -109,10 +109,7 @@ class RedisStore(Store):
             if name == "prefix":
                 options[name] = text
             elif name in STORE_OPTIONS:
-                try:
-                    options[name] = float(text)
-                except ValueError:
-                    raise ConfigError(f"{name} in an address is a number, of seconds or of bytes a second") from None
+                options[name] = number(name, text)
         return cls(url, **options)
 
     def __repr__(self) -> str:

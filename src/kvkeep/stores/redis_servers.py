@@ -7,15 +7,18 @@ Whoever asks waits for one until its deadline, not longer.
 
 from __future__ import annotations
 
+import os
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import unquote
 
-from kvkeep.errors import ConfigError, StoreError, nearest
+from kvkeep.errors import ConfigError, StoreError
 from kvkeep.stores.redis_wire import Redirect, Wire, pack, refusal
+from kvkeep.stores.url import pairs
 
 if TYPE_CHECKING:
     from redis.connection import AbstractConnection
@@ -31,6 +34,7 @@ MOST_OPENING = 4
 CLIENT_OPTIONS = ("db", "client_name", "sentinel_username", "sentinel_password")
 STORE_OPTIONS = ("prefix", "ttl", "lookup_timeout", "load_timeout", "save_timeout", "connect_timeout", "rate")
 TLS_OPTIONS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname", "ssl_min_version")
+TLS_VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 OPTIONS = (*CLIENT_OPTIONS, *STORE_OPTIONS, *TLS_OPTIONS)
 """What may stand in an address' query."""
 
@@ -71,10 +75,9 @@ def parse(url: str) -> Address:
     ):  # fmt: skip
         raise ConfigError(f"{scheme}:// is no address of Redis or Valkey")
     rest, _, query = rest.partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    for name in options:
-        if name not in OPTIONS:
-            raise ConfigError(f"an address of Redis has no option {name!r}; {nearest(name, OPTIONS)}")
+    options = pairs(query, "Redis", OPTIONS)
+    tls = family in ("rediss", "valkeys")
+    _tls(options, tls)
     user, at, rest = rest.rpartition("@")
     username, colon, password = user.partition(":")
     if "/" in user or (at and not user):
@@ -105,7 +108,7 @@ def parse(url: str) -> Address:
     if kind == "server" and len(hosts) > 1:
         raise ConfigError("several servers are redis+cluster:// or redis+sentinel://")
     return Address(
-        kind, hosts=hosts, service=service, db=db, tls=family in ("rediss", "valkeys"), options=options,
+        kind, hosts=hosts, service=service, db=db, tls=tls, options=options,
         **credentials,
     )  # fmt: skip
 
@@ -125,6 +128,25 @@ def _number(name: str, text: str) -> int:
     if not text.isdigit():
         raise ConfigError(f"{name} is a whole number: redis://host:6379/0")
     return int(text)
+
+
+def _tls(options: dict[str, str], tls: bool) -> dict[str, Any]:
+    """The options of TLS, as redis-py takes them."""
+    found: dict[str, Any] = {name: options[name] for name in TLS_OPTIONS if name in options}
+    for name, value in found.items():
+        if not tls:
+            raise ConfigError(f"{name} is for rediss:// (with two s): without TLS nothing is encrypted")
+        if name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile") and not os.access(value, os.R_OK):
+            raise ConfigError(f"{name}: there is no file {value!r} that can be read")
+        if name == "ssl_cert_reqs" and value not in ("none", "optional", "required"):
+            raise ConfigError("ssl_cert_reqs is none, optional or required")
+        if name == "ssl_check_hostname":
+            found[name] = value.lower() in ("1", "true", "yes", "on")
+        if name == "ssl_min_version":
+            if value not in TLS_VERSIONS:
+                raise ConfigError(f"ssl_min_version is one of {', '.join(TLS_VERSIONS)}")
+            found[name] = TLS_VERSIONS[value]
+    return found
 
 
 def connect(url: str, timeout: float = CONNECT_SECONDS) -> Any:
@@ -154,9 +176,7 @@ def client(address: Address, timeout: float) -> Any:
         "client_name": address.options.get("client_name", "kvkeep"),
     }
     if address.tls:
-        common |= {"ssl": True, **{name: address.options[name] for name in TLS_OPTIONS if name in address.options}}
-        if "ssl_check_hostname" in common:
-            common["ssl_check_hostname"] = common["ssl_check_hostname"].lower() in ("1", "true", "yes", "on")
+        common |= {"ssl": True, **_tls(address.options, True)}
     if address.kind == "unix":
         made = redis.Redis(unix_socket_path=address.path, db=address.db, **common)
     elif address.kind == "server":

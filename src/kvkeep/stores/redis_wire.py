@@ -48,6 +48,8 @@ _CAUSES = {
     b"CLUSTERDOWN": ("unreachable", "the cluster is down"),
     b"BUSY": ("unreachable", "it is busy with a script"),
     b"TRYAGAIN": ("unreachable", "slots are being moved"),
+    b"DB": ("error", "it has no database of that number"),
+    b"unknown": ("error", "it does not know a command that is needed: is it what the address says it is?"),
 }
 
 
@@ -83,8 +85,9 @@ def outcome(line: bytes) -> bytes | Redirect:
 
 def refusal(line: bytes) -> StoreError:
     """What an error reply means. Its text is not repeated: it may name a user, or be anything at all."""
-    name = line[1:].split(b" ", 1)[0]
-    cause, meaning = _CAUSES.get(name, ("error", f"it answered {name[:20].decode('ascii', 'replace')!r}"))
+    name, _, rest = line[1:].partition(b" ")
+    known = rest.split(b" ", 1)[0] if name == b"ERR" else name
+    cause, meaning = _CAUSES.get(known, ("error", f"it answered {name[:20].decode('ascii', 'replace')!r}"))
     return StoreError(f"the server refused: {meaning}", cause=cause)
 
 

@@ -244,6 +244,8 @@ def _failure(error: Exception) -> StoreError:
     if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError | PermissionError):
         return StoreError("the bucket refuses these credentials", cause="auth")
     text = str(error).partition("\n")[0]  # behind it, obstore shows its insides
+    if "169.254." in text or "/api/token" in text:  # it asked the machine's cloud for some
+        return StoreError("there are no credentials: set AWS_ACCESS_KEY_ID and its like", cause="auth")
     if "timed out" in text or "timeout" in text:
         return StoreError("no answer in time", cause="timeout")
     if "error sending request" in text or "connect" in text.lower():

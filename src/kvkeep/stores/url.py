@@ -33,6 +33,9 @@ SCHEMES: dict[str, str] = {
     "s3": "kvkeep.stores.s3:S3Store",
 }
 
+LARGEST_NUMBER = 1e9
+"""Of seconds, some 30 years: the system counts no further. Of bytes a second, more than a network has."""
+
 
 def open_store(url: str, *, ttl: float | None = None) -> Store:
     """The store at ``url``, or at the address that ``env:NAME`` or ``file:PATH`` holds.
@@ -46,8 +49,11 @@ def open_store(url: str, *, ttl: float | None = None) -> Store:
 
 
 def is_url(text: object) -> bool:
-    """Is it an address rather than a path?"""
-    return isinstance(text, str) and ("://" in text or text.startswith(secret.PREFIXES))
+    """Is it an address rather than a path? Also one that lacks its slashes, as in ``redis:host``."""
+    if not isinstance(text, str):
+        return False
+    scheme, colon, _ = text.partition(":")
+    return "://" in text or text.startswith(secret.PREFIXES) or bool(colon and scheme in SCHEMES)
 
 
 def scheme_of(url: str) -> str:
@@ -65,19 +71,32 @@ def shown(url: str) -> str:
     return f"{scheme_of(url)}://{place}"
 
 
+def number(name: str, text: str | float) -> float:
+    """Seconds or bytes a second, above 0. Raises :class:`ConfigError`."""
+    try:
+        found = float(text)
+    except ValueError:
+        raise ConfigError(f"{name} in an address is a number, of seconds or of bytes a second") from None
+    if not 0 < found <= LARGEST_NUMBER:
+        raise ConfigError(f"{name} is above 0 and at most {LARGEST_NUMBER:g}")
+    return found
+
+
+def pairs(query: str, server: str, known: tuple[str, ...]) -> dict[str, str]:
+    """What stands behind the ``?``. Raises :class:`ConfigError` on what is not ``known``."""
+    found = dict(parse_qsl(query, keep_blank_values=True))
+    for name in found:
+        if name not in known and "@" in query:
+            raise ConfigError("a user or password in an address is percent-encoded: ? is %3F, / is %2F, @ is %40")
+        if name not in known:
+            raise ConfigError(f"an address of {server} has no option {name!r}; {nearest(name, known)}")
+    return found
+
+
 def options(query: str, server: str, *, texts: tuple[str, ...], numbers: tuple[str, ...]) -> dict[str, Any]:
     """What an address says after its ``?``: ``numbers`` are seconds or bytes a second, above 0."""
-    found: dict[str, Any] = {}
-    for name, text in parse_qsl(query, keep_blank_values=True):
-        if name not in texts + numbers:
-            raise ConfigError(f"an address of {server} has no option {name!r}; {nearest(name, texts + numbers)}")
-        try:
-            found[name] = float(text) if name in numbers else text
-        except ValueError:
-            raise ConfigError(f"{name} in an address is a number, of seconds or of bytes a second") from None
-        if name in numbers and not found[name] > 0:
-            raise ConfigError(f"{name} is above 0")
-    return found
+    found = pairs(query, server, texts + numbers)
+    return {name: number(name, text) if name in numbers else text for name, text in found.items()}
 
 
 def _address(url: str) -> str:
