@@ -43,7 +43,9 @@ def test_a_well_kept_server_has_nothing_to_change() -> None:
         assert result.exit_code == 0, result.output
         assert "Nothing to change" in result.stdout
         server.call("CONFIG", "SET", "proto-max-bulk-len", "1mb")
-        assert "proto-max-bulk-len" in run("check", f"{server.url}{PATIENT}").stdout
+        said = run("check", f"{server.url}{PATIENT}").stdout
+        assert "proto-max-bulk-len is 1048576" in said
+        assert "does not take values of this size" in said
 
 
 def test_a_cluster_is_asked_node_by_node() -> None:
@@ -71,6 +73,24 @@ def test_a_server_that_is_not_there_is_exit_status_1() -> None:
     assert result.exit_code == 1
     assert "unreachable" in result.stdout
     assert "hunter2" not in result.output
+
+
+def test_nodes_of_memcached_that_are_not_there_are_named() -> None:
+    result = run("check", "memcached://127.0.0.1:1")
+    assert result.exit_code == 1
+    assert "unreachable" in result.stdout
+    with memcached_server() as server:
+        result = run("check", f"memcached://{server.where},127.0.0.1:1{PATIENT}")
+        assert result.exit_code == 0
+        assert "127.0.0.1:1: cannot reach" in result.stdout
+
+
+def test_a_password_that_is_wanted_is_asked_for() -> None:
+    with redis_server() as server:
+        server.call("CONFIG", "SET", "requirepass", "open-sesame")
+        result = run("check", f"{server.url}{PATIENT}")
+        assert result.exit_code == 1
+        assert "asks for a password" in result.stdout
 
 
 def test_a_wrong_address_is_exit_status_2() -> None:

@@ -183,6 +183,7 @@ def _advise(store: Store, found: Checked) -> None:
         for name, facts in _redis(store):
             found.advice += [f"{name}: {advice}" for advice in redis_advice(facts)]
     elif kind.endswith(".memcached"):
+        found.advice += [f"{name}: {error} (cause: {error.cause})" for name, error in store.lost().items()]  # type: ignore[attr-defined]
         for name, facts in store.settings().items():  # type: ignore[attr-defined]
             found.advice += [f"{name}: {advice}" for advice in memcached_advice(facts)]
 

@@ -28,7 +28,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
@@ -164,9 +164,12 @@ class MemcachedStore(Store):
         return iter(list(found.items()))
 
     def ping(self) -> None:
-        """Raises :class:`StoreError` unless a node answers; those that do are in the ring again."""
+        """Raises :class:`StoreError` unless a node answers; those that do are in the ring again.
+
+        Asks the nodes that failed; all, if none has.
+        """
         self._check_open()
-        for name in list(self._down):
+        for name in list(self._down or self._nodes):
             self._probe(name)
         if not self._up():
             raise self._no_node()
@@ -222,6 +225,10 @@ class MemcachedStore(Store):
         for node in self._nodes.values():
             node.drop()
         _open.discard(self)
+
+    def lost(self) -> dict[str, StoreError]:
+        """Nodes that are out of the ring, and why."""
+        return dict(self._down)
 
     def settings(self) -> dict[str, dict[str, str]]:
         """What each node says of itself (``stats`` and ``stats settings``), by its name; for ``kvkeep check``."""
@@ -380,7 +387,9 @@ class MemcachedStore(Store):
 
         try:
             self._nodes[name].exchange(time.monotonic() + self.save_timeout, work)
-        except StoreError:
+        except StoreError as error:
+            with suppress(StoreError):
+                self._lost(name, error)
             return
         with self._lock:
             self._down.pop(name, None)

@@ -216,8 +216,11 @@ def failure(error: Exception) -> StoreError:
 
     if isinstance(error, MasterNotFoundError):  # whose message shows the clients' options
         return StoreError("no Sentinel answers, or none knows this service", cause="unreachable")
-    if isinstance(error, (exceptions.AuthenticationError, exceptions.NoPermissionError)):
-        return refusal(b"-WRONGPASS ")
+    if isinstance(error, exceptions.NoPermissionError):
+        return refusal(b"-NOPERM ")
+    if isinstance(error, exceptions.AuthenticationError):
+        asked = "required" in str(error).lower()  # it was given none
+        return refusal(b"-NOAUTH " if asked else b"-WRONGPASS ")
     if isinstance(error, (exceptions.TimeoutError, TimeoutError)):
         return StoreError("no connection in time", cause="timeout")
     if isinstance(error, exceptions.ReadOnlyError):

@@ -48,6 +48,7 @@ _CAUSES = {
     b"CLUSTERDOWN": ("unreachable", "the cluster is down"),
     b"BUSY": ("unreachable", "it is busy with a script"),
     b"TRYAGAIN": ("unreachable", "slots are being moved"),
+    b"Protocol": ("error", "it does not take values of this size: CONFIG SET proto-max-bulk-len 512mb"),
     b"DB": ("error", "it has no database of that number"),
     b"unknown": ("error", "it does not know a command that is needed: is it what the address says it is?"),
 }
