@@ -164,6 +164,11 @@ class Cipher:
         return aead
 
 
+def key_id_of(data: bytes) -> bytes | None:
+    """The id of the key of what :meth:`Cipher.encrypt_bytes` made; None for anything else."""
+    return data[1:9] if data[:1] == _SMALL and len(data) >= 37 + TAG_NBYTES else None
+
+
 class _Writing:
     """The working key that encrypts now, and how many messages it may yet."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from kvkeep.stores.disk import DiskStore
 
 from .conftest import TOKENS, Pattern
 
+_numbers = itertools.count()
 NEW, OLD = bytes(range(32)), bytes(range(50, 82))
 
 
@@ -83,7 +85,9 @@ def test_rotate(path: Path, tmp_path: Path) -> None:
     time.sleep(0.02)
     result = run("rotate", path, *KEYS, *both(tmp_path), "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout) == {"place": str(path), "rotated": 12, "current": 0, "left": {}}
+    assert json.loads(result.stdout) == {
+        "place": str(path), "rotated": 12, "current": 0, "names": {"rotated": 0, "current": 0}, "left": {},
+    }  # fmt: skip
     for namespace in (b"", b"tenant a", b"tenant b"):
         assert cached(path, namespace, NEW) == 4
         assert cached(path, namespace, OLD) == 0
@@ -197,6 +201,79 @@ def test_clear_a_tenant_of_a_plain_cache(tmp_path: Path, monkeypatch: pytest.Mon
     fill(tmp_path / "kept", None, b"")
     assert "dropped 4 blocks" in run("clear", tmp_path / "kept", "--namespace", "env:T_A").stdout
     assert cached(tmp_path / "kept", b"") == 4
+
+
+# Values, whose names and small bytes stand in an index
+
+
+@pytest.fixture(params=["directory", "redis", "memcached"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    for variable, secret in (("K_NEW", NEW), ("K_OLD", OLD)):
+        monkeypatch.setenv(variable, secret.hex())
+    monkeypatch.setenv("T_A", "tenant a")
+    patient = f"?lookup_timeout=20&load_timeout=20&prefix=secrets{next(_numbers)}"
+    if request.param == "redis":
+        return str(request.getfixturevalue("redis_shared").url) + patient
+    if request.param == "memcached":
+        return f"memcached://{request.getfixturevalue('memcached_shared').where}{patient}"
+    return str(tmp_path)
+
+
+def values(place: str, namespace: bytes, *keys: bytes) -> kvkeep.KVCache:
+    sources = [lambda key=key: key for key in keys] or None
+    return kvkeep.open(place, memory="4MiB", disk="16MiB", encryption=sources, namespace=namespace)
+
+
+def set_values(place: str, *keys: bytes) -> None:
+    for namespace in (b"", b"tenant a", b"tenant b"):
+        with values(place, namespace, *keys) as cache:
+            assert cache.set_value("small", "a secret", tags=["tag"])
+            assert cache.set_value("large", "a secret" * 100, ttl=1000)
+
+
+def seen(place: str, namespace: bytes, *keys: bytes) -> int:
+    with values(place, namespace, *keys) as cache:
+        assert cache.get_value("large") in (None, "a secret" * 100)
+        return sum(value is not None for value in cache.get_values(["small", "large"]))
+
+
+def test_rotate_values(place: str) -> None:
+    set_values(place, OLD)
+    keys = ("--encryption", "env:K_NEW", "--encryption", "env:K_OLD")
+    result = run("rotate", place, *keys, "--namespace", "env:T_A")
+    assert result.exit_code == 1, "tenant b's are left"
+    assert "4 names of values encrypted" in result.stdout
+    assert [seen(place, name, NEW) for name in (b"", b"tenant a", b"tenant b")] == [2, 2, 0]
+    assert seen(place, b"tenant b", NEW, OLD) == 2
+    again = run("rotate", place, *keys, "--namespace", "env:T_A", "--json")
+    assert json.loads(again.stdout)["names"] == {"rotated": 0, "current": 4}
+    with values(place, b"tenant a", NEW) as cache:
+        assert cache.invalidate("tag")
+        assert cache.get_values(["small", "large"]) == [None, "a secret" * 100]
+
+
+def test_rotate_plain_values(place: str) -> None:
+    set_values(place)
+    keys = ("--encryption", "env:K_NEW", "--namespace", "env:T_A")
+    assert "not encrypted" in run("rotate", place, *keys).stdout
+    assert [seen(place, name, NEW) for name in (b"", b"tenant a")] == [0, 0]
+    run("rotate", place, *keys, "--plain")
+    assert [seen(place, name, NEW) for name in (b"", b"tenant a")] == [2, 2]
+
+
+@pytest.mark.parametrize("keys", [(), (OLD,)])
+def test_clear_a_tenants_values(place: str, keys: tuple[bytes, ...]) -> None:
+    set_values(place, *keys)
+    if keys:
+        result = run("clear", place, "--namespace", "env:T_A")
+        assert result.exit_code == 1
+        assert "6 names of values left" in result.stdout
+    result = run("clear", place, "--namespace", "env:T_A", *(["--encryption", "env:K_OLD"] if keys else []))
+    assert result.exit_code == 0, result.output
+    assert "2 names of values" in result.stdout
+    assert [seen(place, name, *keys) for name in (b"", b"tenant a", b"tenant b")] == [2, 0, 2]
+    assert run("clear", place, "--all").exit_code == 0
+    assert [seen(place, name, *keys) for name in (b"", b"tenant a", b"tenant b")] == [0, 0, 0]
 
 
 def test_clear_says_which_secret_is_missing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,12 @@ class SaysNothingOfTheEnd(MemoryIndex):
         return [found and Found(found.body, None) for found in super().get_many(names)]
 
 
+class ReplacesWhatIsAnothers(MemoryIndex):
+    def replace(self, name: bytes, old: bytes, new: bytes) -> bool:
+        (found,) = self.get_many([name])
+        return found is not None and super().replace(name, found.body, new)
+
+
 @pytest.mark.parametrize(
     ("broken", "test"),
     [
@@ -60,6 +66,7 @@ class SaysNothingOfTheEnd(MemoryIndex):
         (RenewsWhatIsAnothers, "test_compare_and_renew_or_release"),
         (AddsWhatIsThere, "test_add"),
         (AddsWhatIsThere, "test_one_of_many_adds"),
+        (ReplacesWhatIsAnothers, "test_names_and_what_stands_under_them_is_replaced"),
         (NeverLeavesAGroup, "test_groups"),
         (SaysNothingOfTheEnd, "test_a_life_ends_by_itself"),
     ],

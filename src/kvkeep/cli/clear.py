@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
-from typing import Annotated
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from kvkeep.cli import secrets
-from kvkeep.cli.directory import Place, fail, label, models, opened, plural, scan
+from kvkeep.cli.directory import Kept, Place, fail, label, models, opened, plural, scan
 from kvkeep.cli.secrets import Keys
 from kvkeep.sizes import format_size, parse_age
+
+if TYPE_CHECKING:
+    from kvkeep.crypt import Cipher
 
 
 def clear(
@@ -30,8 +33,9 @@ def clear(
 ) -> None:
     """Drop blocks: all of them, those of a model, of a tenant, those that are old.
 
-    --model, --namespace and --older-than together drop what fits all. In an encrypted cache, models have names only
-    for who has the key. The files keep their size, to be used again. Blocks that
+    --model, --namespace and --older-than together drop what fits all. With --all, and with --namespace alone, values'
+    names and small values go too. In an encrypted cache, models have names only for who has the key, and so has
+    whose a value's name is. The files keep their size, to be used again. Blocks that
     another process holds are left to it; then the exit status is 1.
     """
     from kvkeep.errors import ConfigError
@@ -40,10 +44,11 @@ def clear(
     if everything == bool(model or older_than or namespace):
         fail("say what to drop: --all, or --model, --namespace and/or --older-than")
     cipher = secrets.read(encryption, None).cipher
-    tenant = b""
+    tenant = secret = b""
     try:
         if namespace:
-            tenant = tenant_of(secrets.namespace(namespace))
+            secret = secrets.namespace(namespace)
+            tenant = tenant_of(secret)
         before = time.time() - parse_age(older_than) if older_than else float("inf")
     except ConfigError as error:
         fail(str(error))
@@ -57,27 +62,33 @@ def clear(
             and (not model or label(block.layout, known) == model or block.layout.hex().startswith(model.lower()))
         ]
         dropped = [block for block in wanted if kept.store.delete(block.key)]
-        names = forget_values(kept.directory) if everything and kept.directory is not None else 0
+        names: Counter[str] = Counter()
+        if everything or not (model or older_than):
+            names = forget_values(kept, None if everything else secret, cipher)
     console = Console(highlight=False)
     size = format_size(sum(block.nbytes for block in dropped))
-    named = f", and {plural(names, 'name')} of values" if names else ""
+    named = f", and {plural(names['dropped'], 'name')} of values" if names["dropped"] else ""
     console.print(f"{kept.name}: dropped {plural(len(dropped), 'block')}, {size}{named}")
     if len(dropped) < len(wanted):
         left = plural(len(wanted) - len(dropped), "block")
         console.print(f"{left} left: another process holds them")
+    if names["locked"]:
+        left = plural(names["locked"], "name")
+        console.print(f"{left} of values left: encrypted, and whose they are says only their key (--encryption)")
+    if names["locked"] or len(dropped) < len(wanted):
         raise typer.Exit(1)
 
 
-def forget_values(directory: Path) -> int:
-    """Clear the index of values, if there is one; how many names it had."""
+def forget_values(kept: Kept, namespace: bytes | None, cipher: Cipher | None) -> Counter[str]:
+    """Forget the names of a tenant's values, or all, if there is an index; see :func:`kvkeep.values.upkeep.forget`."""
     from kvkeep.errors import StoreError
-    from kvkeep.values.sqlite import FILE, SqliteIndex
+    from kvkeep.values import upkeep
 
-    if not (directory / FILE).exists():
-        return 0
-    index = SqliteIndex(directory)
+    index = upkeep.index_of(kept.store, kept.directory)
+    if index is None:
+        return Counter()
     try:
-        return index.clear()
+        return upkeep.forget(index, namespace, cipher)
     except StoreError as error:
         fail(f"the names of values could not be dropped: {error}")
     finally:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from kvkeep.cli import secrets
-from kvkeep.cli.directory import READ_NBYTES, Place, fail, opened, plural
+from kvkeep.cli.directory import READ_NBYTES, Kept, Place, fail, opened, plural
 from kvkeep.cli.secrets import Keys, Namespaces, Secrets
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def rotate(
     plain: Annotated[bool, typer.Option("--plain", help="Encrypt also what is not encrypted.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """Encrypt every block anew with the newest key, so that old keys can be forgotten.
+    """Encrypt every block, and the names of values, anew with the newest key, so that old keys can be forgotten.
 
     Give the new key first, then the old ones; and each tenant's namespace, since blocks of a tenant are encrypted
     under it too. Safe to repeat, and while caches use the place: a block that is in work is a miss for a moment.
@@ -54,18 +54,42 @@ def rotate(
         counts = _rotate(kept.store, known, known.cipher, stamp, plain)
         if kept.directory is not None:
             labels.rotate(kept.directory, known.cipher)
+        names = _rotate_names(kept, known, known.cipher, plain)
+        for cause in LEFT:
+            counts[cause] += names[cause]
     left = {cause: counts[cause] for cause in LEFT if counts[cause]}
     if as_json:
-        facts = {"place": kept.name, "rotated": counts["rotated"], "current": counts["current"]}
+        facts = {
+            "place": kept.name,
+            "rotated": counts["rotated"],
+            "current": counts["current"],
+            "names": {"rotated": names["rotated"], "current": names["current"]},
+        }
         print(json.dumps({**facts, "left": left}, ensure_ascii=False))
     else:
         console = Console(highlight=False)
         done = plural(counts["rotated"], "block")
         console.print(f"{kept.name}: {done} encrypted with the new key, {counts['current']:,} were already")
+        if names:
+            done = plural(names["rotated"], "name")
+            console.print(f"  {done} of values encrypted with the new key, {names['current']:,} were already")
         for cause, count in left.items():
             console.print(f"  {count:,} left: {LEFT[cause]}")
     if left:
         raise typer.Exit(1)
+
+
+def _rotate_names(kept: Kept, known: Secrets, cipher: Cipher, plain: bool) -> Counter[str]:
+    """The index of values, if there is one."""
+    from kvkeep.values import upkeep
+
+    index = upkeep.index_of(kept.store, kept.directory)
+    if index is None:
+        return Counter()
+    try:
+        return upkeep.rotate(index, cipher, known.namespaces.values(), plain=plain)
+    finally:
+        index.close()
 
 
 def _rotate(store: Store, known: Secrets, cipher: Cipher, stamp: list[float], plain: bool) -> Counter[str]:

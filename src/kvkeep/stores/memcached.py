@@ -163,6 +163,11 @@ class MemcachedStore(Store):
             found.update(self._on(name, self.save_timeout, partial(self._list, self._nodes[name])))
         return iter(list(found.items()))
 
+    def dump(self) -> list[bytes]:
+        """The names of all that lies on the nodes that are well, whoever put it there."""
+        self._check_open()
+        return [name for node in self._up() for name in self._nodes[node].dump(time.monotonic() + self.save_timeout)]
+
     def ping(self) -> None:
         """Raises :class:`StoreError` unless a node answers; those that do are in the ring again.
 

@@ -122,6 +122,26 @@ class IndexSuite:
         assert index.delete(name(1)) == (True, [])
         assert index.delete(name(2)) == (True, [group(2)])
 
+    def test_names_and_what_stands_under_them_is_replaced(self, index: Index, other: Index) -> None:
+        index.set_many([Item(name(1), b"one", 100.0, group(1), 10), Item(name(2), b"two")])
+        assert sorted(other.names()) == sorted([name(1), name(2)])
+        assert not other.replace(name(1), b"two", b"new")
+        assert not other.replace(name(3), b"", b"new")
+        assert other.replace(name(1), b"one", b"a new body")
+        one, two, three = index.get_many([name(1), name(2), name(3)])
+        assert one is not None
+        assert one.body == b"a new body"
+        assert one.left is not None, "the life stays"
+        assert 90 < one.left <= 100
+        assert two is not None
+        assert two.left is None
+        assert three is None
+        assert other.replace(name(2), b"two", b"")
+        assert self.body(index, 2) == b""
+        index.tidy()
+        assert index.members(group(1)) == [name(1)]
+        assert index.delete(name(1)) == (True, [group(1)]), "so does the group"
+
     def test_add(self, index: Index, other: Index) -> None:
         assert index.add(name(1), b"mine", 100.0)
         assert not other.add(name(1), b"yours", 100.0)

@@ -10,6 +10,8 @@ The check ties an entry to its name: one that was stored under another, or damag
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import struct
 from typing import NamedTuple
 
@@ -33,6 +35,11 @@ class Entry(NamedTuple):
     tags: tuple[tuple[bytes, bytes], ...] = ()
     stale: float = 0.0
     value: bytes | None = None
+
+
+def naming(namespace: bytes) -> hmac.HMAC:
+    """What a tenant's names are made by, of the caller's packed keys."""
+    return hmac.new(namespace, b"kvkeep value name 1\0", hashlib.sha256)
 
 
 def encode(name: bytes, entry: Entry) -> bytes:

@@ -80,6 +80,17 @@ class Index(ABC):
     def members(self, group: bytes) -> list[bytes]:
         """Names of the entries that are, or were, in ``group``."""
 
+    @abstractmethod
+    def names(self) -> list[bytes]:
+        """Those that stand, as far as the medium can list them."""
+
+    @abstractmethod
+    def replace(self, name: bytes, old: bytes, new: bytes) -> bool:
+        """Put ``new`` in place of the body ``old``; life and group stay. Was it still the body?"""
+
+    def tidy(self) -> None:  # noqa: B027
+        """Leave nothing on the medium of what was deleted or replaced."""
+
     def contains_any(self, names: Sequence[bytes]) -> bool:
         return any(found is not None for found in self.get_many(names))
 
@@ -186,6 +197,20 @@ class MemoryIndex(Index):
     def members(self, group: bytes) -> list[bytes]:
         with self._lock:
             return list(self._groups.get(group, ()))
+
+    def names(self) -> list[bytes]:
+        with self._lock:
+            return list(self._entries)
+
+    def replace(self, name: bytes, old: bytes, new: bytes) -> bool:
+        with self._lock:
+            found = self._get(name, self._clock())
+            if found is None or found.body != old:
+                return False
+            entry = self._entries[name]
+            self._used += len(new) - len(old)
+            entry.body = new
+            return True
 
     def usage(self) -> Usage:
         with self._lock:

@@ -132,6 +132,22 @@ class MemcachedIndex(Index):
         starts = range(0, len(joined) - len(UNKNOWN), MEMBER_NBYTES)
         return list({joined[at : at + NAME_NBYTES]: None for at in starts})
 
+    def names(self) -> list[bytes]:
+        end = len(self._entry) + 2 * NAME_NBYTES
+        found = {name for name in self._store.dump() if name.startswith(self._entry) and len(name) == end}
+        return [bytes.fromhex(name[len(self._entry) :].decode()) for name in sorted(found)]
+
+    def replace(self, name: bytes, old: bytes, new: bytes) -> bool:
+        def work(wire: Wire, key: bytes) -> bool | None:
+            seen = _look(wire, key)
+            if seen is None or not seen.lives or seen.body != old:
+                return False
+            until = _HEAD.unpack_from(seen.data)[0]
+            life = None if until == math.inf else until - time.time()
+            return _store(wire, key, seen.data[: _HEAD.size] + new, life, seen) or None
+
+        return bool(self._repeat(name, work, self._store.save_timeout))
+
     def ping(self) -> None:
         self._store.ping()
 

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvkeep.errors import StoreError
-from kvkeep.stores.redis import RedisStore
+from kvkeep.stores.redis import SCAN_COUNT, RedisStore
+from kvkeep.stores.redis_servers import failure
 from kvkeep.stores.redis_wire import Wire, outcome, pack
 from kvkeep.values.index import NAME_NBYTES, Found, Index, Item
 
@@ -47,6 +48,10 @@ redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return '1'"""
 _RELEASE = b"""if redis.call('GET', KEYS[1]) ~= ARGV[1] then return '0' end
 redis.call('DEL', KEYS[1])
+return '1'"""
+_REPLACE = b"""local v = redis.call('GET', KEYS[1])
+if not v or string.sub(v, 41) ~= ARGV[1] then return '0' end
+redis.call('SET', KEYS[1], string.sub(v, 1, 40) .. ARGV[2], 'KEEPTTL')
 return '1'"""
 _JOIN = b"""local left = redis.call('PTTL', KEYS[1])
 redis.call('SADD', KEYS[1], ARGV[1])
@@ -116,6 +121,22 @@ class RedisIndex(Index):
         (reply,) = self._ask([(_MEMBERS, self._group(group), ())])
         joined = reply or b""
         return list({joined[at : at + NAME_NBYTES]: None for at in range(0, len(joined), _PLACE_NBYTES)})
+
+    def names(self) -> list[bytes]:
+        """By SCAN."""
+        import redis
+
+        start, end = len(self._entry), len(self._entry) + 2 * NAME_NBYTES
+        try:
+            found = {
+                key for key in self._store.servers.client.scan_iter(self._entry + b"*", SCAN_COUNT) if len(key) == end
+            }
+            return [bytes.fromhex(key[start:].decode()) for key in sorted(found)]
+        except (redis.RedisError, OSError, ValueError) as error:
+            raise failure(error) from None
+
+    def replace(self, name: bytes, old: bytes, new: bytes) -> bool:
+        return self._ask([(_REPLACE, self._name(name), (old, new))], self._store.save_timeout) == [b"1"]
 
     def ping(self) -> None:
         self._store.ping()

@@ -122,6 +122,19 @@ class SqliteIndex(Index):
         with self._working() as database:
             return [name for (name,) in database.execute("SELECT name FROM entries WHERE grp = ?", (group,))]
 
+    def names(self) -> list[bytes]:
+        with self._working() as database:
+            return [name for (name,) in database.execute("SELECT name FROM entries ORDER BY born")]
+
+    def replace(self, name: bytes, old: bytes, new: bytes) -> bool:
+        def work(database: sqlite3.Connection, now: float) -> bool:
+            if _body(database, name, now) != old:
+                return False
+            database.execute("UPDATE entries SET body = ? WHERE name = ?", (new, name))
+            return True
+
+        return self._write(work)
+
     def usage(self) -> Usage:
         with self._working() as database:
             names, nbytes = database.execute(
@@ -150,9 +163,13 @@ class SqliteIndex(Index):
         """Forget everything, and give the file's room back; how many entries there were."""
         with self._working() as database:
             count: int = database.execute("DELETE FROM entries").rowcount
+        self.tidy()
+        return count
+
+    def tidy(self) -> None:
+        with self._working() as database:
             database.execute("VACUUM")
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        return count
 
     def ping(self) -> None:
         with self._working() as database:

@@ -11,7 +11,6 @@ raises: ``TypeError`` for an object, ``ValueError`` for a life that is none.
 from __future__ import annotations
 
 import hashlib
-import hmac
 import secrets
 import threading
 import time
@@ -30,7 +29,7 @@ from kvkeep.keys import BlockKey
 from kvkeep.layout import KVLayout, LayerGroup
 from kvkeep.policies.base import Access
 from kvkeep.tiered import TieredStore
-from kvkeep.values.entry import MAX_TAGS, Entry, decode, encode
+from kvkeep.values.entry import MAX_TAGS, Entry, decode, encode, naming
 from kvkeep.values.face import ValueStats
 from kvkeep.values.form import FormError, pack, unpack
 from kvkeep.values.index import Found, Index, Item
@@ -78,7 +77,7 @@ class Values:
         self._tiers = tiers
         self._namespace = namespace
         self._observer = observer
-        self._naming = hmac.new(namespace, b"kvkeep value name 1\0", hashlib.sha256)
+        self._naming = naming(namespace)
         self._breaker = Breaker("index", observer)
         self._breaker.on_open = tiers.start
         self._pool = BufferPool()
