@@ -7,12 +7,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 import kvkeep
 from blocks import LAYOUT, Sink, Source
+from kvkeep import tiered
+from kvkeep.stores.base import Item
+from kvkeep.stores.disk import DiskStore
 from kvkeep.testing.faults import Fault, FaultyStore
 
 TOKENS = list(range(16 * 20 + 5))
@@ -191,11 +195,52 @@ def test_many_threads_over_one_small_cache(tmp_path: Path) -> None:
         assert not root.store.tiers[0]._pins
 
 
+@pytest.mark.parametrize("memory", [LAYOUT.block_nbytes + 512, 4 * LAYOUT.block_nbytes])
+def test_a_prompt_larger_than_memory_reaches_the_disk_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int
+) -> None:
+    write = DiskStore.put_many
+
+    def slowly(self: DiskStore, items: Sequence[Item]) -> int:
+        time.sleep(0.01)
+        return write(self, items)
+
+    monkeypatch.setattr(DiskStore, "put_many", slowly)
+    monkeypatch.setattr(tiered, "BATCH_NBYTES", 1)
+    with kvkeep.open(tmp_path, memory=memory, disk="8MiB") as root:
+        assert root.bind(LAYOUT).save(TOKENS, Source(TOKENS), patience=10) == 20
+        assert root.counters.count("dropped") == 0
+    with kvkeep.open(tmp_path, disk="8MiB") as root:
+        assert load(root.bind(LAYOUT), TOKENS) == 20
+
+
+def test_a_disk_that_hangs_costs_one_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    awake = threading.Event()
+    write = DiskStore.put_many
+
+    def hang(self: DiskStore, items: Sequence[Item]) -> int:
+        awake.wait(20)
+        return write(self, items)
+
+    monkeypatch.setattr(DiskStore, "put_many", hang)
+    with kvkeep.open(tmp_path, memory=8 * LAYOUT.block_nbytes, disk="8MiB") as root:
+        began = time.monotonic()
+        for seed in range(1, 7):
+            tokens = [seed * 1000 + token for token in TOKENS]
+            root.bind(LAYOUT).save(tokens, Source(tokens), patience=0.3)
+        assert time.monotonic() - began < 0.9
+        awake.set()
+        assert root.flush(10)
+        assert root.bind(LAYOUT).save(TOKENS, Source(TOKENS), patience=10) == 20, "it gets on: saves wait again"
+        assert root.flush(10)
+        assert not root.store.tiers[0]._pins
+
+
 def test_a_full_queue_drops_the_write_and_counts_it(tmp_path: Path) -> None:
     with kvkeep.open(tmp_path, memory="4MiB", disk="8MiB") as root:
-        root.store._queue_nbytes = 3 * LAYOUT.block_nbytes
+        root.store.queue_nbytes = 3 * LAYOUT.block_nbytes
         with root.store._wake:  # the writer waits: nothing leaves the queue
-            root.bind(LAYOUT).save(TOKENS, Source(TOKENS))
+            root.bind(LAYOUT).save(TOKENS, Source(TOKENS), patience=0)
         assert root.counters.count("dropped", tier="disk", cause="queue full") == 17
         assert root.flush(10)
         assert load(root.bind(LAYOUT), TOKENS) == 20

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from kvkeep.values.store import Values
 
 
+SAVE_SECONDS = 3.0
+"""That a save waits at most for writes before it, where the caller says nothing else."""
+
+
 class KVSink(Protocol):
     """Takes blocks into an engine."""
 
@@ -213,11 +217,20 @@ class KVCache(ValueFace):
         self.store.promote(match.keys[:done], match.places[:done], layout, time.time())
         return done * layout.block_tokens
 
-    def save(self, tokens: Tokens, source: KVSource, *, start: int = 0, extra: Iterable[Extra] = ()) -> int:
+    def save(
+        self,
+        tokens: Tokens,
+        source: KVSource,
+        *,
+        start: int = 0,
+        extra: Iterable[Extra] = (),
+        patience: float = SAVE_SECONDS,
+    ) -> int:
         """Keep the full blocks of ``tokens`` from token ``start`` on that are not stored yet; how many were taken.
 
         ``start`` is a multiple of ``block_tokens``: the first token that ``source`` can give. Returns once the bytes
-        are copied out; the rest is write-behind.
+        are copied out; the rest is write-behind. A prompt that does not fit into half of the memory tier is written
+        while it is saved, which is waited for; after ``patience`` seconds what finds no room there is not written.
         """
         layout = self._bound()
         if start % layout.block_tokens:
@@ -226,10 +239,17 @@ class KVCache(ValueFace):
         if self._trace is not None:
             self._trace.save(keys, block_tokens=layout.block_tokens, block_nbytes=layout.block_nbytes, now=time.time())
         first = start // layout.block_tokens
-        return self.save_keys(keys[first:], source, first=first, parent=keys[first - 1] if first else None)[0]
+        parent = keys[first - 1] if first else None
+        return self.save_keys(keys[first:], source, first=first, parent=parent, patience=patience)[0]
 
     def save_keys(
-        self, keys: Sequence[BlockKey], source: KVSource, *, first: int = 0, parent: BlockKey | None = None
+        self,
+        keys: Sequence[BlockKey],
+        source: KVSource,
+        *,
+        first: int = 0,
+        parent: BlockKey | None = None,
+        patience: float = 0.0,
     ) -> tuple[int, int]:
         """:meth:`save` for who has the keys: those of blocks ``first``, ``first + 1``, … of a prompt.
 
@@ -238,8 +258,9 @@ class KVCache(ValueFace):
         layout = self._bound()
         missing = [at for at, known in enumerate(self._stored(keys)) if not known]
         now = time.time()
+        deadline = time.monotonic() + patience
         taken = 0
-        batch = max(1, BATCH_NBYTES // 2 // layout.block_nbytes)
+        batch = max(1, min(BATCH_NBYTES // 2, self.store.queue_nbytes) // layout.block_nbytes)
         hits = first + (missing[0] if missing else len(keys))
         tenant = layout.identity.tenant
         for begin in range(0, len(missing), batch):
@@ -254,7 +275,7 @@ class KVCache(ValueFace):
                     items.append((keys[at], [bytes(head), payload]))
                     before = keys[at - 1] if at else parent
                     accesses.append(Access(now, first + at, first + len(keys), hits, before, self.priority))
-                stored = self.store.save(items, layout, accesses)
+                stored = self.store.save(items, layout, accesses, deadline=deadline)
             taken += stored
             if stored < len(indices):
                 break  # no room: what would follow could not be found without what is missing

@@ -1,8 +1,9 @@
 """Several tiers as one: fastest first, inclusive.
 
 A save goes to the first tier at once and to the others by write-behind: a queue of keys, bounded in bytes, whose
-blocks are pinned in the first tier until they are written. A full queue drops the write and counts it. A block that
-was found below is copied up in the same thread. Beside it there are a few that read ahead of a load.
+blocks are pinned in the first tier until they are written. A save that meets a full queue waits for it as long as its
+caller allows; then the write is dropped and counted. A block that was found below is copied up in the same thread.
+Beside it there are a few that read ahead of a load.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ class TieredStore:
         self.upkeep: list[Callable[[], None]] = []  # called about once a second, with the tiers' own housekeeping
         self._codec = codec
         self._observer = observer
-        self._queue_nbytes = queue_nbytes
+        self.queue_nbytes = queue_nbytes
         self._closed = False
         self._start()
         _open.add(self)
@@ -150,6 +151,8 @@ class TieredStore:
         self._queue: deque[_Write] = deque()
         self._queued = 0  # bytes of the queue, and of what is being written
         self._writing = False
+        self._batches = 0  # that left the queue
+        self._stuck = False  # somebody waited for room in vain, and none has left since
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
 
@@ -355,12 +358,16 @@ class TieredStore:
                         first.pin([key])
                         self._enqueue(_Write(key, layout, layout.block_nbytes, first, tier, access))
 
-    def save(self, items: Sequence[Item], layout: KVLayout, accesses: Sequence[Access]) -> int:
+    def save(
+        self, items: Sequence[Item], layout: KVLayout, accesses: Sequence[Access], *, deadline: float = 0.0
+    ) -> int:
         """Put unsealed raw frames into the first tier and queue them for the others; how many were stored.
 
-        The first tier takes everything if there are others: it is their writes' waiting room.
+        The first tier takes everything if there are others: it is their writes' waiting room. ``deadline``, on the
+        monotonic clock, ends the wait for room in the queue.
         """
         first, lower = self.tiers[0], self.tiers[1:]
+        self._await_room(len(items) * layout.block_nbytes * len(lower), deadline)
         for tier in self.tiers:
             tier.seen([key for key, _ in items], accesses)
         if not lower:
@@ -465,10 +472,23 @@ class TieredStore:
         if again:
             self.start()
 
+    def _await_room(self, nbytes: int, deadline: float) -> None:
+        """Wait until the queue has room for ``nbytes``. A medium that hangs costs one wait, not one for each save."""
+
+        def room() -> bool:
+            return self._closed or not self._queued or self._queued + nbytes <= self.queue_nbytes
+
+        with self._wake:
+            seconds, before = deadline - time.monotonic(), self._batches
+            if room() or self._stuck or seconds <= 0:
+                return
+            self._stuck = not self._wake.wait_for(room, seconds) and self._batches == before
+
     def _enqueue(self, write: _Write) -> None:
         self.start()
         with self._wake:
-            if self._closed or self._queued + write.nbytes > self._queue_nbytes:
+            # A block that is larger than all of the queue may still wait there alone.
+            if self._closed or (self._queued and self._queued + write.nbytes > self.queue_nbytes):
                 full = True
             else:
                 full = False
@@ -501,7 +521,8 @@ class TieredStore:
                 batch[0].source.unpin([write.key for write in batch])
                 with self._wake:
                     self._queued -= sum(write.nbytes for write in batch)
-                    self._writing = False
+                    self._writing = self._stuck = False
+                    self._batches += 1
                     self._wake.notify_all()
         if not batch or time.monotonic() >= self._maintain_at:
             for tier in self.tiers:

@@ -65,6 +65,9 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model")
 
 PROBE_TOKENS = 4
+SAVING_SHARE = 0.1
+"""Of the time that a call has taken, what it may wait for writes before its own, if memory cannot hold all of them."""
+
 STAGING_KEPT = 1 << 30
 """Bytes of touched memory that an attached model keeps between calls to restore into; more than that is given back."""
 
@@ -134,6 +137,7 @@ class _Call:
 
     prompt_limit: int | None  # tokens of the prompt, where generate was given them
     report: Report = field(default_factory=Report)
+    started: float = field(default_factory=time.monotonic)
     begun: bool = False
     over: bool = False  # kvkeep has no further part in this run
     kv: Any = None
@@ -421,7 +425,8 @@ class _Attachment:
             call.kept[slot] = length - pad
             source = _LayerSource(layout, call.kv.layers, row, pad + start, length, start)
             try:
-                taken = call.bound.save(tokens[row, pad:], source, start=start)
+                patience = SAVING_SHARE * (time.monotonic() - call.started)
+                taken = call.bound.save(tokens[row, pad:], source, start=start, patience=patience)
             except (KVKeepError, OSError) as error:
                 self._log_once(f"a prefix could not be saved: {error}")
                 return
