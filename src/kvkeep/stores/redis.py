@@ -157,17 +157,9 @@ class RedisStore(Store):
 
     def items(self) -> Iterator[tuple[BlockKey, int]]:
         """By SCAN, so without order, and slow on a server that holds much else."""
-        self._check_open()
-        import redis
-
         found: dict[BlockKey, int] = {}
-        try:
-            # A value's name ends in a brace, a part's does not.
-            scan = self.servers.client.scan_iter(match=self._head + b"*}", count=SCAN_COUNT)
-            names = {name for name in scan if len(name) == len(self._head) + 65}
-        except (redis.RedisError, OSError) as error:
-            raise failure(error) from None
-        listed = sorted(names)
+        # A value's name ends in a brace, a part's does not.
+        listed = [name for name in self.scan(self._head + b"*}") if len(name) == len(self._head) + 65]
         for start in range(0, len(listed), SCAN_COUNT):
             batch = listed[start : start + SCAN_COUNT]
             sizes = self._tell([pack(b"STRLEN", name) for name in batch], batch, self.save_timeout)
@@ -180,6 +172,16 @@ class RedisStore(Store):
                 if nbytes:  # else it has vanished meanwhile
                     found[key] = nbytes
         return iter(list(found.items()))
+
+    def scan(self, pattern: bytes) -> list[bytes]:
+        """The names of all that lies there and fits, whoever put it there."""
+        self._check_open()
+        import redis
+
+        try:
+            return sorted(set(self.servers.client.scan_iter(match=pattern, count=SCAN_COUNT)))
+        except (redis.RedisError, OSError) as error:
+            raise failure(error) from None
 
     def ping(self) -> None:
         """Connects anew where needed, without haste. Of a cluster, one node that is well suffices."""

@@ -135,7 +135,8 @@ class MemcachedIndex(Index):
     def names(self) -> list[bytes]:
         end = len(self._entry) + 2 * NAME_NBYTES
         found = {name for name in self._store.dump() if name.startswith(self._entry) and len(name) == end}
-        return [bytes.fromhex(name[len(self._entry) :].decode()) for name in sorted(found)]
+        names = [name[len(self._entry) :] for name in sorted(found)]
+        return [bytes.fromhex(name.decode()) for name in names if not name.strip(b"0123456789abcdef")]
 
     def replace(self, name: bytes, old: bytes, new: bytes) -> bool:
         def work(wire: Wire, key: bytes) -> bool | None:

@@ -18,8 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvkeep.errors import StoreError
-from kvkeep.stores.redis import SCAN_COUNT, RedisStore
-from kvkeep.stores.redis_servers import failure
+from kvkeep.stores.redis import RedisStore
 from kvkeep.stores.redis_wire import Wire, outcome, pack
 from kvkeep.values.index import NAME_NBYTES, Found, Index, Item
 
@@ -123,17 +122,9 @@ class RedisIndex(Index):
         return list({joined[at : at + NAME_NBYTES]: None for at in range(0, len(joined), _PLACE_NBYTES)})
 
     def names(self) -> list[bytes]:
-        """By SCAN."""
-        import redis
-
         start, end = len(self._entry), len(self._entry) + 2 * NAME_NBYTES
-        try:
-            found = {
-                key for key in self._store.servers.client.scan_iter(self._entry + b"*", SCAN_COUNT) if len(key) == end
-            }
-            return [bytes.fromhex(key[start:].decode()) for key in sorted(found)]
-        except (redis.RedisError, OSError, ValueError) as error:
-            raise failure(error) from None
+        found = [key[start:] for key in self._store.scan(self._entry + b"*") if len(key) == end]
+        return [bytes.fromhex(name.decode()) for name in found if not name.strip(b"0123456789abcdef")]
 
     def replace(self, name: bytes, old: bytes, new: bytes) -> bool:
         return self._ask([(_REPLACE, self._name(name), (old, new))], self._store.save_timeout) == [b"1"]
