@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import kvkeep
 from kvkeep.config import Config, from_dict, from_file, load
 from kvkeep.errors import ConfigError
 from kvkeep.sizes import format_size, parse_age, parse_size
@@ -88,3 +90,36 @@ def test_ages(text: str, seconds: float) -> None:
 def test_no_ages(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_age(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"memory": 1.5e9}, 'a size such as 1048576 or "2GiB"'),
+        ({"disk": None}, "a size"),
+        ({"codec": ["raw"]}, "codec is a text"),
+        ({"policy": {"memory": 5}}, "policy is a text"),
+        ({"ttl": [7]}, 'an age such as "7d"'),
+        ({"ttl": float("nan")}, "above 0"),
+        ({"quota": {"disk": 1.5}}, "quota is a size"),
+        ({"max_kl": "small"}, "nats a token"),
+        ({"max_kl": -1}, "nats a token"),
+        ({"force": "no"}, "true or false"),
+        ({"block_tokens": "16"}, "number of tokens"),
+        ({"block_tokens": -1}, "number of tokens"),
+        ({"namespace": "tenant a"}, "namespace is bytes"),
+        ({"encryption": lambda: None}, "returned a NoneType"),
+    ],
+)
+def test_open_is_as_strict_as_a_file(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        kvkeep.open(**{"memory": "1MiB"} | options)
+
+
+def test_a_namespace_that_can_be_guessed_is_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    kvkeep.open(memory="1MiB", namespace=b"alice").close()
+    assert "can be guessed" in caplog.text
+    assert "alice" not in caplog.text
+    caplog.clear()
+    kvkeep.open(memory="1MiB", namespace=bytes(16), ttl={"memory": None}).close()
+    assert not caplog.text

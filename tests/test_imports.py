@@ -22,7 +22,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("stores", "codecs", "policies"),
     ("frame", "events", "crypt", "labels", "quality", "registry", "breaker", "tier", "trace", "admission"),
     ("tiered", "flight", "sim", "values"),
-    ("cache", "metrics"),
+    ("cache", "metrics", "options"),
     ("opening",),
     ("config",),
     ("engines", "web"),

@@ -31,18 +31,16 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from kvkeep import admission, registry
 from kvkeep.cache import KVCache
 from kvkeep.errors import ConfigError, nearest
-from kvkeep.opening import DEFAULT_POLICY, PerTier, check_per_tier
+from kvkeep.opening import DEFAULT_POLICY
 from kvkeep.opening import open as open_cache
+from kvkeep.options import PerTier, checked
 from kvkeep.quality import MAX_KL
-from kvkeep.sizes import parse_age, parse_size
 
 VARIABLE = "KVKEEP_CONFIG"
 
@@ -79,57 +77,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     for key in values:
         if key not in known:
             raise ConfigError(f"there is no option {key!r}; {nearest(key, known)}")
-    return Config(**{key: _checked(key, value) for key, value in values.items()})
-
-
-def _checked(key: str, value: Any) -> Any:
-    """``value`` in the form that :class:`Config` holds."""
-    match key:
-        case "memory" | "disk":
-            if not isinstance(value, (int, str)) or isinstance(value, bool):
-                raise ConfigError(f'{key} is a size such as 1048576 or "2GiB", not {value!r}')
-            return parse_size(value)
-        case "quota":
-            check_per_tier(key, value)
-            for one in value.values() if isinstance(value, Mapping) else [value]:
-                _checked("disk", one)
-            return value
-        case "block_tokens":
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ConfigError(f"block_tokens is a number of tokens, not {value!r}")
-            return value
-        case "max_kl":
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0:
-                raise ConfigError(f"max_kl is a number of nats a token, not {value!r}")
-            return value
-        case "force":
-            if not isinstance(value, bool):
-                raise ConfigError(f"force is true or false, not {value!r}")
-            return value
-        case "policy" | "codec" | "ttl" | "write_rule" | "admission":
-            check_per_tier(key, value)
-            for one in value.values() if isinstance(value, Mapping) else [value]:
-                if key == "ttl" and isinstance(one, (int, float)) and not isinstance(one, bool):
-                    continue
-                if not isinstance(one, str):
-                    raise ConfigError(f"{key} is a text, not {one!r}")
-                if key == "ttl":
-                    parse_age(one)
-                elif key in ("write_rule", "admission"):
-                    admission.write_rule(one)
-                else:
-                    registry.lookup({"policy": "policies", "codec": "codecs"}[key], one)
-            return value
-        case "encryption":
-            if not isinstance(value, str) and not (
-                isinstance(value, list) and value and all(isinstance(one, str) for one in value)
-            ):
-                raise ConfigError('encryption is "env:NAME" or "file:PATH", or a list of these')
-            return value
-        case _:
-            if not isinstance(value, str):
-                raise ConfigError(f"{key} is a text, not {'that' if key == 'remote' else repr(value)}")
-            return Path(value) if key in ("dir", "trace") else value
+    return Config(**{key: checked(key, value) for key, value in values.items()})
 
 
 def from_file(path: str | os.PathLike[str]) -> Config:

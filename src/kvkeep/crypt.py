@@ -194,6 +194,8 @@ def _key(source: KeySource) -> bytes:
     if not callable(source):
         raise ConfigError('encryption: give "env:NAME", "file:PATH" or a callable, or a list of these')
     returned = source()
+    if not isinstance(returned, (str, bytes, bytearray, memoryview)):
+        raise ConfigError(f"encryption: the callable returned a {type(returned).__name__}; a key has {_FORMS}")
     return parse_key(returned.encode() if isinstance(returned, str) else bytes(returned), "what the callable returned")
 
 

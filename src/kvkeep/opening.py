@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import logging
 import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from functools import cache as memoize
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeVar
 
 from kvkeep import registry
 from kvkeep.admission import All, WriteRule
@@ -19,8 +20,9 @@ from kvkeep.admission import write_rule as write_rule_named
 from kvkeep.cache import KVCache
 from kvkeep.codecs.base import Codec
 from kvkeep.crypt import KeySource, open_cipher
-from kvkeep.errors import CodecError, ConfigError, nearest
+from kvkeep.errors import CodecError, ConfigError
 from kvkeep.events import Counters, Observer, Observers
+from kvkeep.options import PerTier, checked
 from kvkeep.policies.base import EvictionPolicy
 from kvkeep.quality import MAX_KL
 from kvkeep.sizes import parse_age, parse_size
@@ -37,11 +39,12 @@ STAGING_NBYTES = 512 << 20
 DEFAULT_POLICY = "hazard"
 """The best or as good as the best at every capacity of the traces that were replayed: docs/policies.md."""
 
-TIERS = ("memory", "disk", "remote")
+NAMESPACE_NBYTES = 16
+"""Of a secret that nobody guesses."""
+
+log = logging.getLogger("kvkeep")
 
 T = TypeVar("T")
-PerTier: TypeAlias = T | Mapping[str, T]
-"""One value for all tiers, or a mapping from a tier's name (:data:`TIERS`) to its value."""
 
 
 def open(
@@ -93,15 +96,26 @@ def open(
         if remote is not None:
             raise ConfigError("two servers: give the URL as the first argument or as remote=, not both")
         path, remote = None, str(path)
+    if not isinstance(namespace, bytes):
+        raise ConfigError('namespace is bytes, as in os.environb[b"TENANT_SECRET"]')
+    if 0 < len(namespace) < NAMESPACE_NBYTES:
+        log.warning(
+            "namespace: %d bytes can be guessed, and then the tenant's blocks found; a secret has %d random ones",
+            len(namespace), NAMESPACE_NBYTES,
+        )  # fmt: skip
+    for option, value in {
+        "memory": memory, "disk": disk, "policy": policy, "codec": codec, "ttl": ttl, "quota": quota,
+        "write_rule": write_rule, "admission": admission, "max_kl": max_kl, "force": force,
+        "block_tokens": block_tokens,
+    }.items():  # fmt: skip
+        if value is not None or option in ("memory", "disk"):
+            checked(option, value)
     counters = Counters()
     told: Observer = counters if observer is None else Observers(counters, observer)
     memory_nbytes, disk_nbytes = parse_size(memory), parse_size(disk) if path is not None else 0
     if not memory_nbytes and not disk_nbytes and remote is None:
         raise ConfigError("a cache without any tier keeps nothing: give memory=, a path and disk=, or remote=")
     cipher = open_cipher(encryption)
-    for option, value in [("policy", policy), ("codec", codec), ("ttl", ttl), ("quota", quota),
-                          ("write_rule", write_rule), ("admission", admission)]:  # fmt: skip
-        check_per_tier(option, value)
 
     alone = not disk_nbytes and remote is None
 
@@ -177,14 +191,6 @@ def _codec(codec: PerTier[str] | None, tier: str, *, alone: bool) -> str:
     return named or ("raw" if tier == "memory" or find_spec("zstandard") is None else "lossless")
 
 
-def check_per_tier(option: str, value: Any) -> None:
-    """Raise :class:`ConfigError` if ``value`` is a mapping that names a tier which does not exist."""
-    if isinstance(value, Mapping):
-        for name in value:
-            if name not in TIERS:
-                raise ConfigError(f"{option}: there is no tier {name!r}; {nearest(str(name), list(TIERS))}")
-
-
 def _of(value: PerTier[T], name: str, default: T) -> T:
     """What ``value`` says for tier ``name``."""
     return value.get(name, default) if isinstance(value, Mapping) else value
@@ -213,7 +219,7 @@ def _quota(quota: int | str | None) -> int | None:
 
 def _seconds(ttl: float | str | None) -> float | None:
     seconds = parse_age(ttl) if isinstance(ttl, str) else ttl
-    if seconds is not None and seconds <= 0:
+    if seconds is not None and not seconds > 0:
         raise ConfigError(f"a ttl of {ttl} keeps nothing: leave it out, or give seconds above 0")
     return seconds
 
