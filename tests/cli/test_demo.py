@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import kvkeep.cli.demo as demo_module
 from kvkeep.cli import app
-from kvkeep.cli.demo import QUESTIONS, MeasureError, measure, tabulate
+from kvkeep.cli.demo import QUESTIONS, MeasureError, Row, measure, show, tabulate
 from kvkeep.cli.measure import Job
 
 FIELDS = [
@@ -61,7 +62,33 @@ def test_a_model_that_is_not_there_is_said(tmp_path: Path) -> None:
     result = run(tmp_path / "out", "--model", str(tmp_path / "no-such-folder"))
     assert result.exit_code == 2
     assert "could not run" in result.stderr
+    assert "there is no model at" in result.stderr
+    assert "Traceback" not in result.stderr
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_folder_without_a_model_is_said_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    result = run(tmp_path / "out", "--model", str(tmp_path / "folder"))
+    assert result.exit_code == 2
+    assert "there is no model in" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("document", ["no-such-file", ".", "latin"])
+def test_a_document_that_cannot_be_read_is_said(tmp_path: Path, document: str) -> None:
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    result = run(tmp_path / "out", "--document", str(tmp_path / document))
+    assert result.exit_code == 2
+    assert str(tmp_path) in result.stderr.replace("\n", "")
+
+
+def test_the_table_shows_all_of_it_in_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    row = Row("问题" * 20, 13_521, 13_504, 168.88, 19.87, 14.43, same_answer=True)
+    show([row], {0: "an answer"}, "model", Console(width=80))
+    out = capsys.readouterr().out
+    assert all(figure in out for figure in ("13,521", "13,504", "168.88 s", "19.87 s", "14.43 s", "8× / 12×", "yes"))
+    assert "answer" in out.split("an answer")[0]
 
 
 def test_a_measuring_process_that_dies_is_an_error() -> None:

