@@ -25,7 +25,8 @@ EVENTS: dict[str, str] = {
     "corrupt": "stored frames that were not what they should be, by tier and cause",
     "store_error": "failures of a medium, by tier and cause",
     "value_hit": "values found, by get_value and its like",
-    "value_miss": "values not found, by cause: absent (or too old), stale, invalidated, lost (its bytes), corrupt",
+    "value_miss": "values not found, by cause: absent (or too old), stale, invalidated, lost (its bytes), "
+    "locked (its key is not given), corrupt",
     "value_set": "values kept",
     "value_shared": "values kept whose bytes were there already, under another key",
     "value_wait": "times that somebody else was computing what was asked for",

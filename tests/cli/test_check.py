@@ -85,6 +85,13 @@ def test_nodes_of_memcached_that_are_not_there_are_named() -> None:
         assert "127.0.0.1:1: cannot reach" in result.stdout
 
 
+def test_a_server_without_tls_that_is_asked_for_it() -> None:
+    with redis_server() as server:
+        result = run("check", server.url.replace("redis://", "rediss://"))
+        assert result.exit_code == 1
+        assert "say redis://" in result.stdout
+
+
 def test_a_password_that_is_wanted_is_asked_for() -> None:
     with redis_server() as server:
         server.call("CONFIG", "SET", "requirepass", "open-sesame")

@@ -252,6 +252,19 @@ def test_rotate_values(place: str) -> None:
         assert cache.get_values(["small", "large"]) == [None, "a secret" * 100]
 
 
+def test_values_under_another_key_are_a_miss_with_a_cause(place: str, caplog: pytest.LogCaptureFixture) -> None:
+    set_values(place, OLD)
+    for keys in ((), (NEW,)):
+        caplog.clear()
+        with values(place, b"tenant a", *keys) as cache:
+            assert cache.get_values(["small", "large"]) == [None, None]
+            assert cache.counters.count("lost", tier="index", cause="locked") == 2
+            assert cache.counters.count("value_miss", cause="locked") == 2
+        (said,) = [record.getMessage() for record in caplog.records if "not given" in record.getMessage()]
+        assert Cipher([OLD]).key_ids[0].hex() in said
+    assert seen(place, b"tenant a", OLD) == 2
+
+
 def test_rotate_plain_values(place: str) -> None:
     set_values(place)
     keys = ("--encryption", "env:K_NEW", "--namespace", "env:T_A")

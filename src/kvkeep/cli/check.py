@@ -143,6 +143,10 @@ def _remote(where: str, store: Store) -> Checked:
             _advise(store, found)
     except StoreError as error:
         found.advice.append(f"{error} (cause: {error.cause})")
+        if not found.reached and where.startswith("rediss") and error.cause == "timeout":
+            found.advice.append("if it does not speak TLS on this port, say redis:// instead of rediss://")
+        elif not found.reached and where.startswith("redis:") and ("reset" in str(error) or "closed" in str(error)):
+            found.advice.append("if it speaks TLS on this port, say rediss:// instead of redis://")
     finally:
         store.close()
     return found

@@ -11,6 +11,7 @@ raises: ``TypeError`` for an object, ``ValueError`` for a life that is none.
 from __future__ import annotations
 
 import hashlib
+import logging
 import secrets
 import threading
 import time
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 
 from kvkeep.breaker import Breaker
 from kvkeep.buffers import Buffer, BufferPool, as_bytes, nbytes_of
+from kvkeep.crypt import key_id_of
 from kvkeep.errors import FrameError, StoreError
 from kvkeep.events import Counters, Observer
 from kvkeep.flight import Flight
@@ -33,6 +35,8 @@ from kvkeep.values.entry import MAX_TAGS, Entry, decode, encode, naming
 from kvkeep.values.face import ValueStats
 from kvkeep.values.form import FormError, pack, unpack
 from kvkeep.values.index import Found, Index, Item
+
+log = logging.getLogger("kvkeep")
 
 IN_PLACE_NBYTES = 64
 """A reference (digest, length, frame) costs more."""
@@ -81,6 +85,7 @@ class Values:
         self._breaker = Breaker("index", observer)
         self._breaker.on_open = tiers.start
         self._pool = BufferPool()
+        self._said_locked = False
         self._lock = threading.Lock()
         self._calls: dict[bytes, _Call] = {}
         self._asked_once: dict[bytes, bool] = {}  # oldest first
@@ -306,7 +311,7 @@ class Values:
         result: list[tuple[Entry | None, bool]] = []
         for entry, one in zip(entries, found, strict=True):
             if entry is None or one is None:
-                self._missed("absent" if one is None else "corrupt")
+                self._missed("absent" if one is None else "locked" if self._locked(one.body) else "corrupt")
                 result.append((None, False))
             elif any(now.get(tag) != generation for tag, generation in entry.tags):
                 self._missed("invalidated")
@@ -322,6 +327,15 @@ class Values:
 
     def _decoded(self, name: bytes, body: bytes) -> Entry | None:
         cipher = self._tiers.cipher
+        if self._locked(body):
+            self._observer.event("lost", tier="index", cause="locked")
+            if not self._said_locked:
+                self._said_locked = True
+                key_id = (key_id_of(body) or b"").hex()
+                log.warning(
+                    "values that cannot be used are left alone: encrypted with key %s, which is not given", key_id
+                )
+            return None
         try:
             return decode(
                 name, body if cipher is None else cipher.decrypt_bytes(body, context=name, namespace=self._namespace)
@@ -329,6 +343,10 @@ class Values:
         except FrameError as error:
             self._observer.event("corrupt", tier="index", cause=error.cause)
             return None
+
+    def _locked(self, body: bytes) -> bool:
+        key_id, cipher = key_id_of(body), self._tiers.cipher
+        return key_id is not None and (cipher is None or key_id not in cipher.key_ids)
 
     def _tags_of(self, entries: Sequence[Entry]) -> dict[bytes, bytes]:
         tags = list({tag for entry in entries for tag, _ in entry.tags})
