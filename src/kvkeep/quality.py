@@ -19,6 +19,7 @@ from typing import Any
 
 from kvkeep.errors import ConfigError
 from kvkeep.identity import ModelIdentity
+from kvkeep.stores.disk import make_directory
 
 FILE = "quality.json"
 DEFAULT_DIR = Path("~/.cache/kvkeep").expanduser()
@@ -42,7 +43,7 @@ def save(directory: Path, identity: ModelIdentity, report: Mapping[str, Any]) ->
     before = reports.get(key, {})
     codecs = before.get("codecs", {}) if isinstance(before, dict) else {}
     reports[key] = {**report, "codecs": {**codecs, **report["codecs"]}}
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_directory(directory)
     path = directory / FILE
     fd, temporary = tempfile.mkstemp(prefix=f".{FILE}-", dir=directory)
     with open(fd, "w", encoding="utf-8") as stream:

@@ -64,6 +64,16 @@ def test_files_are_0600_and_the_directory_0700(tmp_path: Path, there_before: boo
 
 
 @pytest.mark.usefixtures("no_umask")
+def test_parents_and_a_trace_beside_the_blocks_are_nobody_elses(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "kept"
+    with kvkeep.open(path, memory="4MiB", disk="16MiB", trace=path / "traces" / "t.jsonl") as cache:
+        bound = cache.bind(layout(), description="model")
+        bound.match(range(100))
+    for made in (path, path.parent, path.parent.parent, path / "traces"):
+        assert stat.S_IMODE(made.stat().st_mode) == 0o700, made
+    assert modes(path / "traces") == {"t.jsonl": "0o600"}
+
+
 def test_a_log_that_is_written_anew_and_a_call_for_room_are_0600(tmp_path: Path) -> None:
     first = DiskStore(tmp_path, capacity=CAPACITY)
     for number in range(2000):

@@ -117,7 +117,7 @@ class DiskStore(Store):
         self._closed = False
         try:
             if not self._read_only:
-                self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_directory(self.path)
                 if self.path.stat().st_mode & 0o022:
                     log.warning("%s: others may write there; what they leave is ignored, but chmod 700 it", self.path)
             self._scan()
@@ -680,6 +680,15 @@ class DiskStore(Store):
     def _check_open(self) -> None:
         if self._closed:
             raise StoreError(f"the disk store at {self.path} is closed")
+
+
+def make_directory(path: Path) -> None:
+    """For this user alone, and so each parent that it lacks: ``Path.mkdir`` makes those for everybody. One that is
+    there stays as it is."""
+    if not path.is_dir():
+        if path.parent != path:
+            make_directory(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
 
 
 def _default_slab_nbytes(capacity: int) -> int:

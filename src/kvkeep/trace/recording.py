@@ -27,6 +27,7 @@ from typing import Any
 
 from kvkeep.errors import ConfigError
 from kvkeep.keys import BlockKey
+from kvkeep.stores.disk import make_directory
 from kvkeep.trace.base import Request, Trace
 
 Layout = tuple[int, int]
@@ -110,7 +111,7 @@ class _Part:
     """What one process writes: the open file, and what is in it already. Any method may raise ``OSError``."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         file = os.open(path, flags, 0o600)
         try:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from kvkeep.errors import StoreError
+from kvkeep.stores.disk import make_directory
 from kvkeep.values.index import Found, Index, Item, Usage
 
 T = TypeVar("T")
@@ -252,7 +253,7 @@ class SqliteIndex(Index):
 
     def _make(self) -> None:
         """The file, 0600, if it is not there. SQLite follows links, and would make it for everybody to read."""
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_directory(self._path.parent)
         status = _status(self._path)
         if status is None:
             # Made beside its place: closing the file itself would give up the locks of this process' connections to it.
