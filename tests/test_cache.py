@@ -14,7 +14,7 @@ import pytest
 
 import kvkeep
 from blocks import LAYOUT, Sink, Source
-from kvkeep import tiered
+from kvkeep import KVLayout, tiered
 from kvkeep.stores.base import Item
 from kvkeep.stores.disk import DiskStore
 from kvkeep.testing.faults import Fault, FaultyStore
@@ -310,6 +310,26 @@ def test_wrong_arguments_are_told_apart(tmp_path: Path) -> None:
             root.match([1, 2, 3])
         with pytest.raises(kvkeep.LayoutError, match="multiple"):
             root.bind(LAYOUT).save(TOKENS, Source(TOKENS), start=5)
+        for start in (-16, 16 * 30):
+            with pytest.raises(kvkeep.LayoutError, match="outside"):
+                root.bind(LAYOUT).save(TOKENS, Source(TOKENS), start=start)
+
+
+@pytest.mark.parametrize(("memory", "disk", "small"), [(4096, 8 << 20, "memory"), (4 << 20, 262144, "disk")])
+def test_a_tier_too_small_for_a_block_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, memory: int, disk: int, small: str
+) -> None:
+    with kvkeep.open(tmp_path, memory=memory, disk=disk) as root:
+        wide = KVLayout.uniform(LAYOUT.identity, num_layers=2, num_kv_heads=2, head_dim=512, dtype="float32",
+                                block_tokens=16)  # fmt: skip
+        layout = LAYOUT if small == "memory" else wide
+        for seed in range(3):
+            tokens = [seed * 1000 + token for token in TOKENS]
+            root.bind(layout).save(tokens, Source(tokens, layout))
+        root.flush(10)
+    said = [record.getMessage() for record in caplog.records if "no block of this size" in record.getMessage()]
+    assert len(said) == 1
+    assert small in said[0]
 
 
 @pytest.mark.parametrize("codec", ["raw", "lossless"])

@@ -209,6 +209,7 @@ class KVCache(ValueFace):
     def load(self, lease: Lease, sink: KVSink) -> int:
         """Give the leased blocks to ``sink`` in order; how many tokens it got. A lost or damaged block ends it."""
         layout = self._bound()
+        _needs(sink, "write", "ArraySink")
         match = lease.match
         done = 0
         for index, payload in self.store.blocks(match.keys, match.places, layout):
@@ -233,8 +234,11 @@ class KVCache(ValueFace):
         while it is saved, which is waited for; after ``patience`` seconds what finds no room there is not written.
         """
         layout = self._bound()
+        _needs(source, "read", "ArraySource")
         if start % layout.block_tokens:
             raise LayoutError(f"start {start} is no multiple of block_tokens {layout.block_tokens}")
+        if not 0 <= start <= len(tokens):
+            raise LayoutError(f"start {start} lies outside a prompt of {len(tokens)} tokens")
         keys = self._keys(tokens, extra)
         if self._trace is not None:
             self._trace.save(keys, block_tokens=layout.block_tokens, block_nbytes=layout.block_nbytes, now=time.time())
@@ -358,3 +362,11 @@ class KVCache(ValueFace):
         if self.layout is None:
             raise LayoutError("this cache is not bound to a layout: call cache.bind(layout) first")
         return self.layout
+
+
+def _needs(given: object, method: str, wrapper: str) -> None:
+    """Arrays themselves are what a newcomer gives first."""
+    if not hasattr(given, method):
+        raise LayoutError(
+            f"a {type(given).__name__} has no {method}(): give arrays as kvkeep.engines.base.{wrapper}(layout, arrays)"
+        )

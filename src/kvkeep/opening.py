@@ -148,8 +148,10 @@ def open(
             tiers.append(tier("disk", DiskStore(directory, capacity=disk_nbytes)))
     if remote is not None:
         tiers.append(tier("remote", open_store(remote, ttl=_seconds(_of(ttl, "remote", None))), owned=False))
-    # Half of memory at most waits to be written: the rest must stay evictable, or a save would find no room.
-    queue_nbytes = min((arena.capacity or 0) // 2, 1 << 30)
+    # Half of memory at most waits to be written: the rest must stay evictable, or a save would find no room. Without a
+    # memory tier nothing is found there anyway, and a batch's room is enough.
+    room = arena.capacity or 0
+    queue_nbytes = min(room // 2 if memory_nbytes else room * 7 // 8, 1 << 30)
     tiered = TieredStore(tiers, codec=codec_named, observer=told, queue_nbytes=queue_nbytes, cipher=cipher)
     if memory_nbytes:
         tiered.start()

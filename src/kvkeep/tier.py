@@ -88,6 +88,7 @@ class Tier:
         self._born: dict[BlockKey, float] = {}  # with a ttl only; oldest first
         self._pins: Counter[BlockKey] = Counter()
         self._hidden: set[BlockKey] = set()  # are there, but of no use to this process
+        self._too_small = False  # and that was said
         if self.owned:
             self.store.attach(self)
             self._label()
@@ -210,8 +211,11 @@ class Tier:
                 if done < len(items) and not self._evict(sum(memoryview(part).nbytes for part in items[done][1])):
                     cause = "full"
                     break
-        except (ValueTooLargeError, StoreFullError):
+        except (ValueTooLargeError, StoreFullError) as error:
             cause = "too large"
+            if not self._too_small:
+                self._too_small = True
+                log.warning("tier %s holds no block of this size, so it keeps none: %s; give it more", self.name, error)
         except StoreError as error:
             (self.writing if error.cause in WRITES_ONLY else self.breaker).failed("a write", error)
             cause = error.cause

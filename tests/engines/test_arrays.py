@@ -105,12 +105,30 @@ def test_keys_wider_than_values_and_no_values() -> None:
         [(k, None) for k, _ in random_layers(16, torch.float32)],
         np.zeros((LAYERS, 2, HEADS + 1, 16, DIM), np.float32),
         [(object(), object())] * LAYERS,
+        bytes(LAYERS * 2 * HEADS * 16 * DIM * 4),
         [(k.to("meta"), v.to("meta")) for k, v in random_layers(16, torch.float32)],
     ],
 )
 def test_arrays_that_do_not_fit(arrays: Any) -> None:
     with pytest.raises(LayoutError):
         ArraySource(layout(), arrays)
+
+
+def test_what_cannot_be_written_to_is_no_sink() -> None:
+    frozen = np.zeros((LAYERS, 2, HEADS, 16, DIM), np.float32)
+    frozen.flags.writeable = False
+    with pytest.raises(LayoutError, match="read-only"):
+        ArraySink(layout(), frozen)
+
+
+def test_arrays_in_place_of_a_source_or_a_sink_are_told_how_to_become_one() -> None:
+    arrays: Any = np.zeros((LAYERS, 2, HEADS, 32, DIM), np.float32)
+    with kvkeep.open(None, memory="16MiB", disk=0) as cache:
+        bound = cache.bind(layout())
+        with pytest.raises(LayoutError, match="ArraySource"):
+            bound.save(range(32), arrays)
+        with bound.lease(bound.match(range(32))) as lease, pytest.raises(LayoutError, match="ArraySink"):
+            bound.load(lease, arrays)
 
 
 def test_a_block_that_is_not_there() -> None:

@@ -468,6 +468,8 @@ def test_what_is_no_model_is_refused(cache: Any) -> None:
         attach(torch.nn.Linear(2, 2), cache)
     with pytest.raises(ConfigError, match="segment"):
         attach(llama(), cache, segment=0)
+    with pytest.raises(ConfigError, match=r"kvkeep\.open"):
+        attach(llama(), "~/.cache/kvkeep")  # type: ignore[arg-type]
 
 
 # --- models that are left alone

@@ -41,7 +41,12 @@ class _Arrays:
             self._stacked = bits_of(arrays, layout)
             self.num_tokens = self._check_stacked(self._stacked)
         else:
-            self._layers = [(bits_of(k, layout), None if v is None else bits_of(v, layout)) for k, v in arrays]
+            try:
+                pairs = [(k, v) for k, v in arrays]
+            except (TypeError, ValueError):  # a flat buffer, perhaps
+                what = "(keys, values) for each layer, or one array [layers, 2, heads, tokens, dim]"
+                raise LayoutError(f"give {what}") from None
+            self._layers = [(bits_of(k, layout), None if v is None else bits_of(v, layout)) for k, v in pairs]
             self.num_tokens = self._check_layers()
 
     def _check_stacked(self, array: Array) -> int:
@@ -97,6 +102,12 @@ class ArraySource(_Arrays):
 
 class ArraySink(_Arrays):
     """A :class:`kvkeep.cache.KVSink`: blocks into arrays. A block that hangs over their end is cut there."""
+
+    def __init__(self, layout: KVLayout, arrays: Layers | Any, *, start: int = 0) -> None:
+        super().__init__(layout, arrays, start=start)
+        views = [self._stacked, *(part for pair in self._layers for part in pair)]
+        if not all(view is None or view.flags.writeable for view in views):
+            raise LayoutError("an array that is read-only cannot be loaded into")
 
     def write(self, index: int, payload: memoryview) -> None:
         first, count = self._span(index)

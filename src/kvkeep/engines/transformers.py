@@ -102,6 +102,8 @@ def attach(model: Model, cache: KVCache, *, exact: bool = False, segment: int = 
     the cache's codec passes the limit of.
     """
     base = _base(model)
+    if not hasattr(cache, "bind"):
+        raise ConfigError(f"cache is what kvkeep.open returns, not {cache!r}")
     if segment < 1:
         raise ConfigError(f"segment is at least 1 token, not {segment}")
     if not 0 <= wait < float("inf"):
