@@ -46,7 +46,7 @@ class Engine:
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
         self.tokenizer = tokenizer
         self.pad = tokenizer.eos_token_id
-        text = next(Path(kvkeep.__file__).parent.glob("cli/*.txt")).read_text()
+        text = Path(kvkeep.__file__).with_name("cli").joinpath("constitution.txt").read_text(encoding="utf-8")
         self.ids = tokenizer(text * 3, return_tensors="pt").input_ids
 
     def prompt(self, tokens: int) -> Any:
