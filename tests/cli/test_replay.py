@@ -54,6 +54,16 @@ def test_json_is_a_list_of_rows(trace: Path) -> None:
     assert len(set(whole.values())) == 1
 
 
+def test_files_of_one_name_are_told_apart(trace: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / trace.name
+    other.write_text("\n".join(trace.read_text().splitlines()[:30]))
+    result = run("replay", trace, other, "--policies", "lru", "--capacities", "5%", "--jobs", "1")
+    assert result.exit_code == 0, result.output
+    assert "120 requests" in " ".join(result.stdout.split())
+    assert "30 requests" in " ".join(result.stdout.split())
+
+
 def test_a_table_for_people(trace: Path) -> None:
     result = run("replay", trace, "--capacities", "5%,20%,50%", "--policies", "sieve,fifo", "--jobs", "2")
     assert result.exit_code == 0, result.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from kvkeep.errors import ConfigError
 from kvkeep.keys import BlockKey
 from kvkeep.policies.lru import LRU
 from kvkeep.sim import ceilings
-from kvkeep.sim.replay import Row, hits_of, policy_names
+from kvkeep.sim.replay import Row, _begin, hits_of, policy_names
 from kvkeep.trace import Request, Trace, read
 
 TRACES = Path(__file__).parents[1] / "traces"
@@ -148,6 +149,14 @@ def test_processes_give_the_same_rows(chat: Trace) -> None:
         del row["seconds"]
     assert alone == together
     assert seen == [(done, 7) for done in range(1, 8)]
+
+
+def test_a_process_that_starts_too_late_for_any_work_says_nothing(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    late = context.Process(target=_begin, args=(str(tmp_path / "deleted meanwhile"),))
+    late.start()
+    late.join(60)
+    assert late.exitcode == 0
 
 
 def test_a_data_frame() -> None:

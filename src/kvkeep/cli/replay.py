@@ -78,6 +78,8 @@ def replay(
     from kvkeep.trace import merge as merged
     from kvkeep.trace import read_all
 
+    if csv_file is not None and not csv_file.parent.is_dir():
+        fail(f"{csv_file}: cannot be written: there is no folder {csv_file.parent}")
     with progress_bar() as bar:
         try:
             if plot is not None:

@@ -6,10 +6,11 @@ import multiprocessing
 import pickle
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,7 @@ def rows(
     loaded: list[Trace] = []
     for item in given:
         loaded += [item] if isinstance(item, Trace) else read_all([item], block_tokens=block_tokens)
+    loaded = _told_apart(loaded)
     if tiers:
         chosen, rules = policy_names(policies or TIER_POLICIES), _names(write_rules)
         for rule in rules:
@@ -90,6 +92,17 @@ def rows(
     else:
         tasks = tasks_of(loaded, policies, capacities, token_nbytes=token_nbytes, attention_tokens=attention_tokens)
     return perform(loaded, tasks, jobs, progress)
+
+
+def _told_apart(traces: Sequence[Trace]) -> list[Trace]:
+    """The same, the second of a name called "name #2", …: rows belong together by it."""
+    count: Counter[str] = Counter()
+    named = []
+    for trace in traces:
+        count[trace.name] += 1
+        again = count[trace.name]
+        named.append(replace(trace, name=f"{trace.name} #{again}") if again > 1 else trace)
+    return named
 
 
 def tasks_of(
@@ -299,14 +312,19 @@ def _compare(found: list[Row]) -> None:
         row["gap_closed"] = (row["token_hit_ratio"] - low) / (high - low) if known else None
 
 
-_worker: Worker
+_path = ""
+_worker: Worker | None = None
 
 
 def _begin(path: str) -> None:
-    global _worker
-    with open(path, "rb") as file:
-        _worker = Worker(pickle.load(file))
+    global _path
+    _path = path
 
 
 def _task(task: Task) -> Row:
+    """Reads the traces for the first task: a process that starts so late that none is left finds no file any more."""
+    global _worker
+    if _worker is None:
+        with open(_path, "rb") as file:
+            _worker = Worker(pickle.load(file))
     return _worker.run(task)
