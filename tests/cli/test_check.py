@@ -37,6 +37,17 @@ def test_all_tiers_of_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not list((tmp_path / "kept").iterdir())
 
 
+def test_a_memory_that_is_smaller_than_what_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "kvkeep.toml"
+    monkeypatch.setenv("KVKEEP_CONFIG", str(config))
+    for size in ("16MiB", "1MiB"):
+        config.write_text(f'memory = "{size}"\ndisk = 0\n')
+        result = run("check", "--json")
+        assert result.exit_code == 0, result.output
+        (tier,) = json.loads(result.stdout)["tiers"]
+        assert tier["read_mb_s"] > 0
+
+
 def test_a_well_kept_server_has_nothing_to_change() -> None:
     with redis_server() as server:
         result = run("check", f"{server.url}{PATIENT}")

@@ -157,7 +157,8 @@ def _try(store: Store, found: Checked) -> None:
     from kvkeep.errors import StoreError
     from kvkeep.keys import BlockKey
 
-    keys = [BlockKey(randomness.token_bytes(32)) for _ in range(VALUES)]
+    room = VALUES if store.capacity is None else store.capacity // (2 * VALUE_NBYTES)
+    keys = [BlockKey(randomness.token_bytes(32)) for _ in range(min(VALUES, max(room, 1)))]
     value = randomness.token_bytes(VALUE_NBYTES)
     try:
         store.contains(keys[0])  # connects
