@@ -265,6 +265,21 @@ def test_values_under_another_key_are_a_miss_with_a_cause(place: str, caplog: py
     assert seen(place, b"tenant a", OLD) == 2
 
 
+def test_stats_of_a_server_and_its_ages(place: str) -> None:
+    set_values(place)
+    facts = json.loads(run("stats", place, "--json").stdout)
+    assert facts["blocks"] == 3
+    said = run("stats", place)
+    assert said.exit_code == 0
+    assert "3 blocks" in said.stdout
+    if "://" in place:
+        assert "?ttl" in run("clear", place, "--older-than", "7d").stderr, "it would drop what is new"
+        assert json.loads(run("stats", place, "--json").stdout)["blocks"] == 3
+    said = run("stats", "redis://somebody:hunter2@127.0.0.1:1/0")
+    assert said.exit_code == 2
+    assert "hunter2" not in said.output
+
+
 def test_rotate_plain_values(place: str) -> None:
     set_values(place)
     keys = ("--encryption", "env:K_NEW", "--namespace", "env:T_A")

@@ -140,6 +140,8 @@ def test_many_at_once(cache: KVCache) -> None:
     assert cache.get_values(list(cells)) == list(cells.values())
     assert cache.get_values([("C", 0, 0), ("C", 99, 0)], "missing") == [matrix[0, 0], "missing"]
     assert cache.get_values([]) == []
+    with pytest.raises(TypeError, match="not one"):
+        cache.get_values("C")
 
 
 def test_a_life_is_exact(cache: KVCache) -> None:

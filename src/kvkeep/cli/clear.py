@@ -53,6 +53,10 @@ def clear(
     except ConfigError as error:
         fail(str(error))
     with opened(place, write=True) as kept:
+        if older_than and kept.directory is None:
+            fail(
+                "a server does not say how old a block is: let it expire them, with ?ttl=… in the address of the cache"
+            )
         known = models(kept.directory, cipher)
         wanted = [
             block

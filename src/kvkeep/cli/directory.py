@@ -20,15 +20,6 @@ if TYPE_CHECKING:
     from kvkeep.stores.base import Store
     from kvkeep.stores.disk import DiskStore
 
-Dir = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="[DIR]",
-        help="The cache's directory. Default: that of the file KVKEEP_CONFIG names, else ~/.cache/kvkeep.",
-        show_default=False,
-    ),
-]
-
 Place = Annotated[
     str | None,
     typer.Argument(

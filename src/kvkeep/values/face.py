@@ -75,6 +75,8 @@ class ValueFace(ABC):
 
     def get_values(self, keys: Sequence[Any], default: Any = None) -> list[Any]:
         """The same for many, in few round trips."""
+        if isinstance(keys, (str, bytes)):
+            raise TypeError("keys is a list of keys, not one")
         return self.values.get_many(keys, default)
 
     def delete_value(self, key: Any) -> bool:
