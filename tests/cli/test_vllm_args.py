@@ -54,6 +54,7 @@ def test_any_other_option_by_its_name() -> None:
         (["-o", "aligned"], "NAME=VALUE"),
         (["--policy", "lur"], "did you mean 'lru'"),
         (["--disk", "3Gi"], "'3Gi' is no size"),
+        (["--memory", "0", "--disk", "0"], "keeps nothing"),
         (["--config", "missing.toml"], "missing.toml"),
         (["--config", "kvkeep.toml", "--disk", "1GiB"], "in the file that config names"),
     ],

@@ -32,7 +32,7 @@ def vllm_args(
     disk: Annotated[str | None, typer.Option(help="Size of the disk tier, as 20GiB; 0: none.")] = None,
     remote: Annotated[str | None, typer.Option(help="URL of a shared server, as redis://host:6379/0.")] = None,
     policy: Annotated[str | None, typer.Option(help="What is evicted first, as lru.")] = None,
-    codec: Annotated[str | None, typer.Option(help="What blocks are stored in, as raw or zstd.")] = None,
+    codec: Annotated[str | None, typer.Option(help="What blocks are stored in, as raw or lossless.")] = None,
     ttl: Annotated[str | None, typer.Option(help="How long a block may be kept, as 7d.")] = None,
     block_tokens: Annotated[int | None, typer.Option(min=0, help="Tokens a stored block.")] = None,
     aligned: Annotated[bool, typer.Option("--aligned", help="Hits end at vLLM's own block boundaries only.")] = False,

@@ -49,15 +49,18 @@ def parse(extra: dict[str, Any]) -> Options:
             raise ConfigError(f"config is the path of a TOML file, not {path!r}")
         if rest:
             raise ConfigError(f"give {', '.join(sorted(rest))} in the file that config names, or leave config out")
-        return Options(_fast(cache_config.from_file(path)), **own)
+        return Options(_usable(cache_config.from_file(path)), **own)
     known = [each.name for each in fields(Config)] + ["config", "aligned", "async_load", "share"]
     for name in rest:
         if name not in known:
             raise ConfigError(f"kv_connector_extra_config: no option {name!r}; {nearest(name, known)}")
-    return Options(_fast(cache_config.from_dict(rest) if rest else cache_config.load()), **own)
+    return Options(_usable(cache_config.from_dict(rest) if rest else cache_config.load()), **own)
 
 
-def _fast(cache: Config) -> Config:
+def _usable(cache: Config) -> Config:
+    """With the codec that is the default here. Raises :class:`ConfigError` if nothing could be kept."""
+    if not cache.memory and not cache.disk and cache.remote is None:
+        raise ConfigError("a cache without any tier keeps nothing: give memory, disk or remote")
     return replace(cache, codec={"disk": "raw"}) if cache.codec is None else cache
 
 
