@@ -132,6 +132,12 @@ COMMANDS = "+get +set +getrange +exists +strlen +unlink +persist +pexpire +scan 
 OF_A_CLUSTER = "+asking +command +cluster|slots"
 
 
+def test_the_page_says_what_a_user_needs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "remote.md").read_text()
+    assert COMMANDS in page
+    assert f"`{OF_A_CLUSTER}`" in page
+
+
 def test_a_user_of_a_cluster(cluster_shared: RedisCluster) -> None:
     for node in cluster_shared.nodes:
         node.call(*f"ACL SETUSER ali-baba on >open-sesame resetkeys ~kvkeep:* -@all {COMMANDS} {OF_A_CLUSTER}".split())
