@@ -111,6 +111,20 @@ def test_priority_of_a_bound_cache() -> None:
         assert stored(others, prompt(1)) == 4
 
 
+def test_a_prompt_of_many_blocks_does_not_push_out_a_higher_priority(tmp_path: Path) -> None:
+    room = 16 * (BLOCK + 512)
+    for path in (None, tmp_path):
+        with kvkeep.open(path, memory=room, disk="8MiB") as root:
+            system, others = root.bind(LAYOUT, priority=1), root.bind(LAYOUT)
+            system.save(prompt(1, 8), Source(prompt(1, 8)))
+            for seed in range(2, 6):
+                saved = others.save(prompt(seed, 12), Source(prompt(seed, 12)))
+                assert saved == (8 if path is None else 12), "where writes wait for the disk, all is taken"
+            assert root.flush(10)
+            assert stored(system, prompt(1, 8)) == 8
+            assert stored(others, prompt(5, 12)) == (8 if path is None else 12)
+
+
 @pytest.mark.parametrize(
     ("codec", "memory", "disk"),
     [

@@ -215,7 +215,7 @@ class KVCache(ValueFace):
         for index, payload in self.store.blocks(match.keys, match.places, layout):
             sink.write(index, payload)
             done = index + 1
-        self.store.promote(match.keys[:done], match.places[:done], layout, time.time())
+        self.store.promote(match.keys[:done], match.places[:done], layout, time.time(), priority=self.priority)
         return done * layout.block_tokens
 
     def save(
@@ -264,16 +264,17 @@ class KVCache(ValueFace):
         now = time.time()
         deadline = time.monotonic() + patience
         taken = 0
-        batch = max(1, min(BATCH_NBYTES // 2, self.store.queue_nbytes) // layout.block_nbytes)
+        room = self.store.queue_nbytes if len(self.store.tiers) > 1 else BATCH_NBYTES
+        batch = max(1, min(BATCH_NBYTES // 2, room) // layout.block_nbytes)
         hits = first + (missing[0] if missing else len(keys))
         tenant = layout.identity.tenant
         for begin in range(0, len(missing), batch):
             indices = missing[begin : begin + batch]
-            with self._pool.borrow(len(indices) * layout.block_nbytes) as room:
+            with self._pool.borrow(len(indices) * layout.block_nbytes) as payloads:
                 items: list[Item] = []
                 accesses = []
                 for slot, at in enumerate(indices):
-                    payload = room[slot * layout.block_nbytes : (slot + 1) * layout.block_nbytes]
+                    payload = payloads[slot * layout.block_nbytes : (slot + 1) * layout.block_nbytes]
                     source.read(first + at, payload)
                     head = frame.pack(keys[at], layout.fingerprint, "raw", len(payload), len(payload), tenant=tenant)
                     items.append((keys[at], [bytes(head), payload]))

@@ -7,6 +7,7 @@ calls its store while it holds its own.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -190,9 +191,11 @@ class Tier:
             return not self.owned or self._policy_of(self._group_of(access, tenant)).admit(key, nbytes, access)
 
     def put_many(self, items: Sequence[Item], accesses: Sequence[Access], *, pin: bool = False) -> int:
-        """Store from the front, evicting as needed; how many are stored. The rest is dropped, and counted.
+        """Store from the front, evicting what has no higher priority; how many are stored. The rest is dropped, and
+        counted.
 
-        ``pin``: with one pin on each stored key, taken before anybody could evict it.
+        ``pin``: with one pin on each stored key, taken before anybody could evict it. They wait here for another tier,
+        which what gives way is in as well: so anything may.
         """
         done = 0
         whole, pinned = items, [key for key, _ in items]
@@ -200,7 +203,7 @@ class Tier:
         cause = "unavailable"
         try:
             if self.quota is not None and self.breaker.closed:
-                items = items[: self._within_quota(items)]
+                items = items[: self._within_quota(items, accesses)]
                 cause = "quota" if len(items) < len(whole) else cause
             while done < len(items) and self.breaker.closed and self.writing.closed:
                 stored = self.store.put_many(items[done:])
@@ -208,7 +211,10 @@ class Tier:
                     for (key, parts), access in zip(items[done : done + stored], accesses[done:], strict=False):
                         self._insert(key, nbytes_of(parts), access, frame.tenant_of(parts[0]))
                 done += stored
-                if done < len(items) and not self._evict(sum(memoryview(part).nbytes for part in items[done][1])):
+                if done == len(items):
+                    break
+                nbytes = sum(memoryview(part).nbytes for part in items[done][1])
+                if not self._evict(nbytes, most=math.inf if pin else accesses[done].priority):
                     cause = "full"
                     break
         except (ValueTooLargeError, StoreFullError) as error:
@@ -265,7 +271,7 @@ class Tier:
         self.store.after_fork()
         self._start()
 
-    def _within_quota(self, items: Sequence[Item]) -> int:
+    def _within_quota(self, items: Sequence[Item], accesses: Sequence[Access]) -> int:
         """How many of ``items``, from the front, their tenants may store; they evict their own for it."""
         assert self.quota is not None
         coming: Counter[bytes | None] = Counter()
@@ -275,7 +281,7 @@ class Tier:
             tenant = frame.tenant_of(parts[0])
             coming[tenant] += nbytes_of(parts)
             over = self._spent[tenant] + coming[tenant] - self.quota
-            if over > 0 and self._evict(over, tenant) < over:
+            if over > 0 and self._evict(over, tenant, most=accesses[at].priority) < over:
                 return at
         return len(items)
 
@@ -309,12 +315,13 @@ class Tier:
         except StoreError as error:
             self.breaker.failed("a deletion", error)
 
-    def _evict(self, nbytes: int, *tenant: bytes) -> int:
-        """Evict until at least ``nbytes`` have gone, if given only of one tenant; how many did."""
+    def _evict(self, nbytes: int, *tenant: bytes, most: float = math.inf) -> int:
+        """Evict until at least ``nbytes`` have gone, if given only of one tenant, and of priorities up to ``most``; how
+        many did."""
         gone = 0
         while gone < nbytes:
             with self._lock:
-                victim = self._victim(*tenant)
+                victim = self._victim(*tenant, most=most)
                 if victim is None:
                     break
                 size = self._nbytes[victim]
@@ -324,9 +331,9 @@ class Tier:
             self._observer.event("evict", nbytes=size, tier=self.name)
         return gone
 
-    def _victim(self, *tenant: bytes) -> BlockKey | None:
+    def _victim(self, *tenant: bytes, most: float) -> BlockKey | None:
         """The lowest priority first, and of one priority the tenant who has most."""
-        groups = [group for group in self._policies if not tenant or group[1] in tenant]
+        groups = [group for group in self._policies if group[0] <= most and (not tenant or group[1] in tenant)]
         for group in sorted(groups, key=lambda group: (group[0], -self._spent[group[1]])):
             victim = self._policies[group].victim(lambda key: key not in self._pins)
             if victim is not None:

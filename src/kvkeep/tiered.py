@@ -418,13 +418,15 @@ class TieredStore:
         head = frame.pack(key, layout.fingerprint, codec.name, size, layout.block_nbytes, tenant=tenant)
         return [bytes(head), stored]
 
-    def promote(self, keys: Sequence[BlockKey], places: Sequence[Tier], layout: KVLayout, now: float) -> None:
+    def promote(
+        self, keys: Sequence[BlockKey], places: Sequence[Tier], layout: KVLayout, now: float, *, priority: int = 0
+    ) -> None:
         """Copy what lies below into the first tier, in the background."""
         first = self.tiers[0]
         for at, (key, tier) in enumerate(zip(keys, places, strict=False)):
             if tier is not first:
                 tier.pin([key])
-                access = Access(now, at, len(keys), len(keys), keys[at - 1] if at else None)
+                access = Access(now, at, len(keys), len(keys), keys[at - 1] if at else None, priority)
                 self._enqueue(_Write(key, layout, layout.block_nbytes, tier, first, access))
 
     def flush(self, timeout: float | None = None) -> bool:
