@@ -8,7 +8,7 @@ improving cache hit rate by maximizing hit density", NSDI 2018), which ranks by 
 
 Victims are leaves: a block goes after those that follow it. A leaf older than nearly all reuses that were seen goes
 before all others (so that it is never much worse than LRU). A new block that is worth less than the victim it would
-need is not admitted.
+need is not admitted; if that is still young, it has to be worth clearly more.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ GAPS = 8.0, 25.0, 70.0, 200.0
 MEMBERS = (len(NEW_BLOCKS) + 1) * (len(LENGTHS) + 1 + len(GAPS) + 1)
 REFRESH = 20
 """Requests between two computations of the index."""
+NEWCOMER = 0.75
+"""What the index of a new block counts for beside that of one that still waits for its time (most reuses come later).
+An index supposes that a block is kept for as long as that pays; where room is short it often is not, and then each has
+pushed out the other for nothing."""
 MAX_TURNS = 1 << 16
 """Turns that are remembered, whether any of their blocks is still resident or not."""
 
@@ -96,9 +100,13 @@ class Hazard(EvictionPolicy):
         if self._used + self._promised + nbytes > self.capacity:
             tip = self._tip
             victim = self.victim(lambda candidate: candidate != tip)
-            if victim is not None and self._survival.index[turn.kind][0] < self._rank_of(self._blocks[victim].turn):
-                self._haunt(turn, key)
-                return False
+            if victim is not None:
+                held = self._blocks[victim].turn
+                waits = self._now - held.now < self._survival.usual
+                worth = self._survival.index[turn.kind][0] * (NEWCOMER if waits else 1.0)
+                if worth < self._rank_of(held):
+                    self._haunt(turn, key)
+                    return False
         self._promised += nbytes
         return True
 

@@ -16,7 +16,8 @@ EDGES = (0.0, *(FACTOR**k for k in range(BINS)))
 CLASS_PRIOR = 20.0
 """Reuses that a class needs before it is believed as much as its family."""
 BIN_PRIOR = 5.0
-DECAY = 0.994
+DECAY = 0.998
+"""At each refresh: half is forgotten after 350 of them. Faster, and classes are judged by too few turns."""
 GUARD = 0.95
 """Share of the observed reuses that happen before the age from which on nothing is waited for."""
 MIN_REUSES = 50.0
@@ -45,6 +46,7 @@ class Survival:
         self._waited = [[0.0] * BINS for _ in range(families * members)]
         self.index: list[list[float]] = [[1.0] * BINS for _ in range(families * members)]
         self.guard = float("inf")
+        self.usual = 0.0
 
     def reuse(self, kind: int, age: float, weight: float) -> None:
         """A block of class ``kind`` was used again at ``age``; the time waited in earlier bins has been told."""
@@ -63,7 +65,8 @@ class Survival:
         hazard = (all_reuses + 0.1) / (waited.sum(0) + 2 * _WIDTHS)
         total = all_reuses.sum()
         if total > MIN_REUSES:
-            last = int(np.searchsorted(np.cumsum(all_reuses), GUARD * total))
+            half, last = (int(at) for at in np.searchsorted(np.cumsum(all_reuses), (0.5 * total, GUARD * total)))
+            self.usual = EDGES[min(half + 1, BINS)]
             self.guard = EDGES[last + 1] if last + 1 < len(EDGES) else float("inf")
         # How much more often than all, first the family, then the class; then bin by bin.
         seen, expected = reuses.sum(1), (waited * hazard).sum(1)
