@@ -30,7 +30,7 @@ LENGTHS = 2, 8, 40
 GAPS = 8.0, 25.0, 70.0, 200.0
 MEMBERS = (len(NEW_BLOCKS) + 1) * (len(LENGTHS) + 1 + len(GAPS) + 1)
 REFRESH = 20
-"""Requests between two computations of the index."""
+"""Requests after which there is enough news to compute the index again."""
 NEWCOMER = 0.75
 """What the index of a new block counts for beside that of one that still waits for its time (most reuses come later).
 An index supposes that a block is kept for as long as that pays; where room is short it often is not, and then each has
@@ -84,6 +84,7 @@ class Hazard(EvictionPolicy):
         self._leaves: dict[int, list[_Leaf]] = {}
         self._ranked: list[tuple[float, _Leaf, int]] = []  # the oldest leaf of each class, by index at _ranked_at
         self._ranked_at = -1.0
+        self._due = self._wanted = False  # is there news for the index, and has it been of use since the last?
         self._ghosts: dict[BlockKey, _Turn] = {}
         self._turns: list[_Turn] = []
         self._forgotten = 0  # turns that are no longer in that list
@@ -194,6 +195,9 @@ class Hazard(EvictionPolicy):
             heappush(self._ranked, (self._rank_of(turn), leaf, turn.kind))
 
     def _rank(self) -> None:
+        self._wanted = True
+        if self._due:
+            self._learn()
         if self._ranked_at != self._now:
             self._ranked_at = self._now
             self._ranked.clear()
@@ -201,6 +205,12 @@ class Hazard(EvictionPolicy):
                 self._rank_class(kind)
                 if not self._leaves[kind]:
                     del self._leaves[kind]
+
+    def _learn(self) -> None:
+        """Compute the index again. That takes milliseconds, so not where there is room, or nothing but hits."""
+        self._due = self._wanted = False
+        self._ranked_at = -1.0
+        self._survival.refresh()
 
     def _rank_class(self, kind: int) -> None:
         """Rank the oldest leaf of a class."""
@@ -246,11 +256,12 @@ class Hazard(EvictionPolicy):
 
     def _begin(self, access: Access) -> _Turn:
         self._now = max(self._now, access.now)
-        self._age()
         number = self._forgotten + len(self._turns)
         if number % REFRESH == 0:
-            self._survival.refresh()
-            self._ranked_at = -1.0
+            self._age()
+            self._due = True
+            if self._wanted:
+                self._learn()
         turn = _Turn(number, access)
         self._turns.append(turn)
         turn.kind = self._kind(turn, turn.blocks)
@@ -275,7 +286,11 @@ class Hazard(EvictionPolicy):
         if not earlier.done:
             earlier.done = True
             if earlier.number >= self._forgotten:
-                self._survival.reuse(earlier.kind, gap, earlier.blocks**0.5)
+                weight = earlier.blocks**0.5
+                for at in range(bin_of(gap)):
+                    if earlier.number >= self._aged[at]:  # not told of yet
+                        self._survival.wait(earlier.kind, at, weight)
+                self._survival.reuse(earlier.kind, gap, weight)
         turn.turns = earlier.turns + 1
         turn.last_gap = gap
         turn.gap = gap if earlier.last_gap < 0 else ((gap + 0.5) * (earlier.last_gap + 0.5)) ** 0.5
