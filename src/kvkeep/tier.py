@@ -88,6 +88,8 @@ class Tier:
         self._unlabelled: list[BlockKey] = []  # whose tenant is not known yet, with a quota only
         self._born: dict[BlockKey, float] = {}  # with a ttl only; oldest first
         self._pins: Counter[BlockKey] = Counter()
+        self._prompt: set[BlockKey] = set()  # what came last, by one put or by several …
+        self._prompt_end: BlockKey | None = None  # … of which this is the last block
         self._hidden: set[BlockKey] = set()  # are there, but of no use to this process
         self._too_small = False  # and that was said
         if self.owned:
@@ -200,6 +202,7 @@ class Tier:
         done = 0
         whole, pinned = items, [key for key, _ in items]
         self.pin(pinned)  # a block must not evict its own neighbours
+        self._spare([] if pin else pinned, accesses)
         cause = "unavailable"
         try:
             if self.quota is not None and self.breaker.closed:
@@ -271,6 +274,15 @@ class Tier:
         self.store.after_fork()
         self._start()
 
+    def _spare(self, keys: Sequence[BlockKey], accesses: Sequence[Access]) -> None:
+        """A prompt that is larger than the tier must not evict its own beginning, without which the rest is useless:
+        as long as what is put follows what was put before, all of that stays."""
+        with self._lock:
+            if not keys or self._prompt_end is None or accesses[0].parent != self._prompt_end:
+                self._prompt.clear()
+            self._prompt.update(keys)
+            self._prompt_end = keys[-1] if keys else None
+
     def _within_quota(self, items: Sequence[Item], accesses: Sequence[Access]) -> int:
         """How many of ``items``, from the front, their tenants may store; they evict their own for it."""
         assert self.quota is not None
@@ -335,7 +347,7 @@ class Tier:
         """The lowest priority first, and of one priority the tenant who has most."""
         groups = [group for group in self._policies if group[0] <= most and (not tenant or group[1] in tenant)]
         for group in sorted(groups, key=lambda group: (group[0], -self._spent[group[1]])):
-            victim = self._policies[group].victim(lambda key: key not in self._pins)
+            victim = self._policies[group].victim(lambda key: key not in self._pins and key not in self._prompt)
             if victim is not None:
                 return victim
         return None
