@@ -105,15 +105,17 @@ class Moody(Raw):
         return super().encode(data, layout)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_the_writer_survives_a_bug_in_a_codec(tmp_path: Path) -> None:
+def test_the_writer_survives_a_bug_in_a_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bug is shown (by the thread's traceback); what comes after is written all the same."""
     Moody.left = 1
+    shown = threading.Event()
+    monkeypatch.setattr(threading, "excepthook", lambda _: shown.set())
     with kvkeep.open(tmp_path / "kept", memory="4MiB", disk="16MiB") as root:
         root.store.tiers[1].codec = Moody()
         bound = root.bind(layout())
         bound.save(TOKENS, Ones())
         assert root.flush(10), "the queue is not stuck"
+        assert shown.wait(10)
         bound.save(range(1000, 1064), Ones())
         assert root.flush(10)
         there = root.store.tiers[1].contains_many(kvkeep.block_keys(layout(), range(1000, 1064)))
