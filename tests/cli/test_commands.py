@@ -92,6 +92,13 @@ def test_a_directory_in_use_is_left_to_its_owner(directory: Path) -> None:
         assert bound.save(list(range(100, 132)), Pattern()) == 2
 
 
+def test_clear_of_a_model_that_is_not_there_names_those_that_are(directory: Path) -> None:
+    result = run("clear", directory, "--model", "onne")
+    assert result.exit_code == 2
+    assert "one, two" in result.stderr
+    assert json.loads(run("stats", directory, "--json").stdout)["blocks"] == 6
+
+
 def test_clear_all(directory: Path) -> None:
     result = run("clear", directory, "--all")
     assert result.exit_code == 0, result.output

@@ -58,13 +58,17 @@ def clear(
                 "a server does not say how old a block is: let it expire them, with ?ttl=… in the address of the cache"
             )
         known = models(kept.directory, cipher)
-        wanted = [
-            block
-            for block in scan(kept.store, whole=False)
-            if block.stamp < before
-            and (not namespace or block.tenant == tenant)
-            and (not model or label(block.layout, known) == model or block.layout.hex().startswith(model.lower()))
-        ]
+        blocks = list(scan(kept.store, whole=False))
+        if model:
+            there = sorted({label(block.layout, known) for block in blocks})
+            blocks = [
+                block
+                for block in blocks
+                if label(block.layout, known) == model or block.layout.hex().startswith(model.lower())
+            ]
+            if there and not blocks:
+                fail(f"no block is of a model {model!r}; there are: {', '.join(there)}")
+        wanted = [block for block in blocks if block.stamp < before and (not namespace or block.tenant == tenant)]
         dropped = [block for block in wanted if kept.store.delete(block.key)]
         names: Counter[str] = Counter()
         if everything or not (model or older_than):
