@@ -355,6 +355,6 @@ def refusal(value: Any) -> TypeError:
     kind = type(value)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     return TypeError(
-        f"a {name} cannot be kept as a value. What can: None, bool, int, float, complex, str, bytes, NumPy arrays and "
+        f"{name} cannot be kept as a value. What can: None, bool, int, float, complex, str, bytes, NumPy arrays and "
         "scalars, pandas frames, series and indexes, and lists, tuples, sets and dicts of these"
     )

@@ -480,7 +480,7 @@ def _check_key(key: Any) -> None:
         for part in key:
             _check_key(part)
     elif type(key) not in (str, bytes, int, float, bool, type(None)):
-        raise TypeError(f"a key is a text, bytes, a number or a tuple of these, not a {type(key).__qualname__}")
+        raise TypeError(f"a key is a text, bytes, a number or a tuple of these, not {type(key).__qualname__}")
 
 
 class ValueLayout(KVLayout):
