@@ -92,7 +92,7 @@ def test_a_table_for_people(tiny_model: Path, tmp_path: Path) -> None:
         (["--codecs", ","], "at least one codec"),
         (["--kv-dtype", "int3"], "bfloat16, float16 or float32"),
         (["--texts", "/nowhere"], "/nowhere"),
-        (["/no/model/here.gguf"], "cannot be loaded"),
+        (["/no/model/here.gguf"], "there is no model at /no/model/here.gguf"),
     ],
 )
 def test_wrong_options_say_so(arguments: list[str], what: str, tmp_path: Path) -> None:
