@@ -300,6 +300,16 @@ def test_without_a_compiler_numpy_does_the_same(tmp_path: Path) -> None:
     assert without[2] == "False"
 
 
+def test_their_thread_imports_nothing() -> None:
+    """A module that is half imported when a process forks stays so in the child: who needs it waits for ever."""
+    script = (
+        "import sys; from kvkeep.codecs import kernels; before = set(sys.modules); kernels.wait(60)\n"
+        "print(sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_a_child_that_was_forked_meanwhile_gets_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.wait(60)
     monkeypatch.setattr(kernels, "_current", reference)  # as if the thread were still at it

@@ -33,7 +33,7 @@ import os
 import threading
 from typing import Any
 
-from kvkeep.codecs import reference
+from kvkeep.codecs import compiled, reference
 
 log = logging.getLogger("kvkeep")
 
@@ -78,9 +78,8 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def _prepare() -> None:
+    # Nothing is imported here: a child that is forked meanwhile would wait for that import for ever.
     global _current
-    from kvkeep.codecs import compiled
-
     path = compiled.library() or compiled.build()
     if path is None:
         log.info("no C compiler: codecs run on NumPy, several times slower (pip install 'kvkeep[fast]' brings one)")
