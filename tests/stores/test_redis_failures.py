@@ -355,7 +355,7 @@ def test_a_dead_node_takes_only_its_own_values(caplog: pytest.LogCaptureFixture)
     """No replica has them: they are missing until the node is back, the others' are not."""
     keys = [key(number) for number in range(60)]
     with redis_cluster(3, 0, "--cluster-require-full-coverage", "no") as cluster:
-        store = RedisStore.from_url(cluster.url + "?lookup_timeout=0.5&load_timeout=0.5&save_timeout=0.5")
+        store = RedisStore.from_url(cluster.url + "?lookup_timeout=2&load_timeout=2&save_timeout=2")
         with contextlib.closing(store):
             wait_for(lambda: _answers(store), "the cluster does not answer")
             store.delete(key(1))
