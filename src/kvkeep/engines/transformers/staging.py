@@ -1,0 +1,131 @@
+"""Memory that restored prefixes lie in, and cache layers that grow in it.
+
+Fresh pages cost more than the copy into them, so memory is lent, and comes back by itself once no tensor lies in it.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import weakref
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from kvkeep.buffers import PAGE, anonymous
+from kvkeep.layout import Array, KVLayout
+
+STAGING_KEPT = 1 << 30
+"""Bytes of touched memory that an attached model keeps between calls to restore into; more than that is given back."""
+
+_FREED_AT_MOST = 32 << 20  # glibc's DEFAULT_MMAP_THRESHOLD_MAX
+
+
+class Staging:
+    """Memory for one restored prefix at a time, kept touched in between. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._kept: deque[memoryview] = deque(maxlen=1)
+
+    def borrow(self, nbytes: int) -> Array:
+        """``nbytes`` of undefined content, lent for as long as a view of them is alive."""
+        try:
+            memory = self._kept.pop()
+        except IndexError:
+            memory = None
+        if memory is None or memory.nbytes < nbytes:
+            memory = anonymous(nbytes + nbytes // 4)  # the next turn of a chat needs a little more
+        lent = np.frombuffer(memory, np.uint8, nbytes)
+        weakref.finalize(lent, self._back, memory).atexit = False
+        return lent
+
+    def _back(self, memory: memoryview) -> None:
+        """No lock, since the garbage collector may call this at any time."""
+        if memory.nbytes <= STAGING_KEPT:
+            self._kept.append(memory)
+
+
+class RestoredLayer(DynamicLayer):
+    """A layer with room behind what was restored: the next tokens go there, where :class:`DynamicLayer` copies all
+    that it holds at each forward. Once the room is used up, or anything else was done to its tensors, it is one."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        """``keys`` and ``values`` ``[batch, heads, room, dim]``, of which ``length`` tokens are there."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+        self.is_initialized = True
+        self._room: tuple[torch.Tensor, torch.Tensor] | None = (keys, values)
+        self._length = length
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        end = self._length + key_states.shape[-2]
+        if self._room is None or not self._fits(key_states, value_states, end):
+            self._room = None
+            keys, values = super().update(key_states, value_states, *args, **kwargs)
+            return keys, values
+        for part, new in zip(self._room, (key_states, value_states), strict=True):
+            part[:, :, self._length : end] = new
+        self.keys, self.values = (part[:, :, :end] for part in self._room)
+        self._length = end
+        return self.keys, self.values
+
+    def _fits(self, key_states: torch.Tensor, value_states: torch.Tensor, end: int) -> bool:
+        """Also whether the tensors are still those of the last update: after ``crop``, say, what lies behind them may
+        be another's."""
+        assert self._room is not None
+        return not torch.is_grad_enabled() and all(
+            isinstance(held, torch.Tensor)
+            and held.data_ptr() == part.data_ptr()
+            and held.shape == (*part.shape[:2], self._length, part.shape[3])
+            and new.shape == (*part.shape[:2], end - self._length, part.shape[3])
+            and (new.dtype, new.device) == (part.dtype, part.device)
+            and end <= part.shape[2]
+            and (torch.is_inference_mode_enabled() or not part.is_inference())
+            for held, part, new in zip((self.keys, self.values), self._room, (key_states, value_states), strict=True)
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles are Transformers' own layers: two layers must not grow in one room."""
+        state = {name: value for name, value in vars(self).items() if name not in ("_room", "_length")}
+        return copyreg.__newobj__, (DynamicLayer,), state  # type: ignore[attr-defined]
+
+
+def carve(flat: Any, layout: KVLayout, batch: int, tokens: int) -> list[tuple[Any, Any]]:
+    """Views of each layer's keys and values ``[batch, heads, tokens, dim]`` in flat memory, NumPy's or torch's."""
+    views: list[tuple[Any, Any]] = []
+    offset = 0
+    for group in layout.groups:
+        for _ in range(group.num_layers):
+            pair: list[Any] = []
+            for dim in (group.k_dim, group.v_dim):
+                count = batch * group.num_kv_heads * tokens * dim
+                part = flat[offset : offset + count].reshape(batch, group.num_kv_heads, tokens, dim) if dim else None
+                pair.append(part)
+                offset += count
+            views.append((pair[0], pair[1]))
+    return views
+
+
+def stacked(flat: Any, layout: KVLayout, batch: int, tokens: int) -> Any:
+    """The same memory as ``[layers, 2, batch, heads, tokens, dim]`` where all layers are alike, else None."""
+    group = layout.groups[0]
+    if len(layout.groups) > 1 or group.k_dim != group.v_dim:
+        return None
+    shape = (group.num_layers, 2, batch, group.num_kv_heads, tokens, group.k_dim)
+    return flat[: int(np.prod(shape))].reshape(shape)
+
+
+def keep_freed_memory() -> None:
+    """Spare the first answer of a new process its page faults.
+
+    Until a block of some size was freed once, glibc returns blocks of that size to the system at each free. In a new
+    process each layer's copies of keys and values are then fresh pages, in each forward: twice a suffix's time at
+    6,000 tokens of SmolLM2. A process that has read a long prompt has freed large blocks; this does the same, with
+    the largest that counts, untouched. It keeps at most 64 MiB of freed memory from then on.
+    """
+    torch.empty(_FREED_AT_MOST - 4 * PAGE, dtype=torch.uint8)
