@@ -5,7 +5,6 @@ Fresh pages cost more than the copy into them, so memory is lent, and comes back
 
 from __future__ import annotations
 
-import copyreg
 import weakref
 from collections import deque
 from typing import Any
@@ -92,7 +91,7 @@ class RestoredLayer(DynamicLayer):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles are Transformers' own layers: two layers must not grow in one room."""
         state = {name: value for name, value in vars(self).items() if name not in ("_room", "_length")}
-        return copyreg.__newobj__, (DynamicLayer,), state  # type: ignore[attr-defined]
+        return DynamicLayer, (), state
 
 
 def carve(flat: Any, layout: KVLayout, batch: int, tokens: int) -> list[tuple[Any, Any]]:
