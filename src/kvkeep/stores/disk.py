@@ -184,7 +184,7 @@ class DiskStore(Store):
             if None in places:
                 self._refresh()
                 places = [self._own.get(key) or self._foreign.get(key) for key in keys]
-            places = _disjoint(places)
+            places = _disjoint(keys, places)
             for place in places:
                 if place is not None:
                     place[0].busy += 1
@@ -732,11 +732,11 @@ def _read_log(slab: _Slab, start: int = 0) -> bytes:
     return os.pread(slab.log_fd, size - start, start) if size > start else b""
 
 
-def _disjoint(places: Sequence[Location | None]) -> list[Location | None]:
+def _disjoint(keys: Sequence[BlockKey], places: Sequence[Location | None]) -> list[Location | None]:
     """Without those of slabs whose values, read at once, would be more than the slab: their log is not to be believed.
-    What is read is then bounded, whatever a log says."""
+    What is read is then bounded, whatever a log says. A key that is asked for twice counts once."""
     pages: Counter[int] = Counter()
-    for place in places:
+    for place in dict(zip(keys, places, strict=True)).values():
         if place is not None:
             pages[place[0].number] += _pages(place[2])
     return [None if at is None or pages[at[0].number] > at[0].nbytes // PAGE else at for at in places]

@@ -6,13 +6,12 @@ last reader is done, so a view never changes under its reader.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from kvkeep.buffers import Buffer, as_bytes, nbytes_of
+from kvkeep.buffers import Buffer, as_bytes, nbytes_of, populate
 from kvkeep.errors import ConfigError, StoreError, StoreFullError, ValueTooLargeError
 from kvkeep.keys import BlockKey
 from kvkeep.stores.base import Item, Store
@@ -22,7 +21,6 @@ UNIT = 512
 """Allocation unit: a multiple of 64, so that a frame's payload is aligned for vector loads."""
 
 TOUCH_AHEAD_NBYTES = 256 << 20
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; Python's mmap module has no name for it
 
 
 class _Slot:
@@ -138,7 +136,7 @@ class MemoryStore(Store):
         step = 16 << 20
         while self._touched < goal and not self._closed:
             nbytes = min(step, goal - self._touched)
-            if _populate(self._region, self._touched, nbytes):
+            if populate(self._region, self._touched, nbytes):
                 self._touched += nbytes
             else:
                 return
@@ -158,15 +156,3 @@ class MemoryStore(Store):
     def _check_open(self) -> None:
         if self._closed:
             raise StoreError("this memory store is closed")
-
-
-def _populate(region: mmap.mmap, start: int, nbytes: int) -> bool:
-    """Fault pages in without changing them. Through ctypes, which, unlike mmap.madvise, lets other threads run."""
-    anchor = ctypes.c_char.from_buffer(region)
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        address = ctypes.addressof(anchor) + start
-        return bool(libc.madvise(address, nbytes, _POPULATE_WRITE) == 0)
-    finally:
-        del anchor

@@ -261,6 +261,15 @@ class StoreSuite:
             thread.join()
         assert not failures
 
+    def test_a_large_value_asked_for_several_times_at_once(self, tmp_path: Path) -> None:
+        store = self.make(tmp_path, self.capacity)
+        nbytes = LARGEST * max(1, (store.capacity or 0) // (4 * LARGEST)) // 2
+        store.put(key(1), [value(1, nbytes)])
+        with store.read([key(1)] * 5) as found:
+            got = [None if one is None else bytes(one) for one in found]
+        assert got == [value(1, nbytes)] * 5
+        store.close()
+
     def test_against_a_dict(self, tmp_path: Path) -> None:
         folders = itertools.count()
 

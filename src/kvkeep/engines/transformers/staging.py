@@ -5,6 +5,7 @@ Fresh pages cost more than the copy into them, so memory is lent, and comes back
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import deque
 from typing import Any
@@ -13,11 +14,14 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from kvkeep.buffers import PAGE, anonymous
+from kvkeep.buffers import PAGE, anonymous, populate
 from kvkeep.layout import Array, KVLayout
 
 STAGING_KEPT = 1 << 30
 """Bytes of touched memory that an attached model keeps between calls to restore into; more than that is given back."""
+
+_STEP = 16 << 20
+"""Bytes that are touched at a time, and of memory whose pages are worth a thread."""
 
 _FREED_AT_MOST = 32 << 20  # glibc's DEFAULT_MMAP_THRESHOLD_MAX
 
@@ -36,6 +40,8 @@ class Staging:
             memory = None
         if memory is None or memory.nbytes < nbytes:
             memory = anonymous(nbytes + nbytes // 4)  # the next turn of a chat needs a little more
+            if nbytes >= _STEP:
+                threading.Thread(target=_touch, args=(memory, nbytes), name="kvkeep-touch", daemon=True).start()
         lent = np.frombuffer(memory, np.uint8, nbytes)
         weakref.finalize(lent, self._back, memory).atexit = False
         return lent
@@ -44,6 +50,13 @@ class Staging:
         """No lock, since the garbage collector may call this at any time."""
         if memory.nbytes <= STAGING_KEPT:
             self._kept.append(memory)
+
+
+def _touch(memory: memoryview, nbytes: int) -> None:
+    """Fault pages in beside the load, from the other end on: its first block alone touches nearly every huge page."""
+    for start in range((nbytes - 1) // _STEP * _STEP, -1, -_STEP):
+        if not populate(memory, start, min(_STEP, nbytes - start)):
+            return
 
 
 class RestoredLayer(DynamicLayer):
