@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -170,3 +171,11 @@ def test_no_more_is_kept_than_allowed() -> None:
     assert isinstance(large, np.ndarray)
     del large
     assert not staging._kept
+
+
+def test_a_system_without_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert Staging().borrow(32 << 20).nbytes == 32 << 20

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,8 @@ class Staging:
         if memory is None or memory.nbytes < nbytes:
             memory = anonymous(nbytes + nbytes // 4)  # the next turn of a chat needs a little more
             if nbytes >= _STEP:
-                threading.Thread(target=_touch, args=(memory, nbytes), name="kvkeep-touch", daemon=True).start()
+                with suppress(RuntimeError):  # no more threads: the load touches it all the same
+                    threading.Thread(target=_touch, args=(memory, nbytes), name="kvkeep-touch", daemon=True).start()
         lent = np.frombuffer(memory, np.uint8, nbytes)
         weakref.finalize(lent, self._back, memory).atexit = False
         return lent
