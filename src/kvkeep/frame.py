@@ -47,6 +47,7 @@ TAG_NBYTES = 16
 ENCRYPTED = 1
 
 _STRUCT = struct.Struct("<8sHHIQQ32s32s16s8s12s16s16s12s16s")
+_KEY_AT = 32
 _TENANT_AT = 148
 SEAL_AT = HEADER_NBYTES - 16
 _UNSEALED = bytes(16)
@@ -111,6 +112,12 @@ def pack(
             codec.encode("ascii"), key_id, nonce, salt, tenant, b"", _UNSEALED,
         )
     )  # fmt: skip
+
+
+def around_key(layout: bytes, nbytes: int, tenant: bytes) -> tuple[bytes, bytes]:
+    """What stands before the key, and behind it, in every unsealed header of a raw payload of ``nbytes``."""
+    head = bytes(pack(BlockKey(bytes(32)), layout, "raw", nbytes, nbytes, tenant=tenant))
+    return head[:_KEY_AT], head[_KEY_AT + 32 :]
 
 
 def seal(header: bytearray | memoryview, payload: Buffer) -> None:

@@ -61,6 +61,16 @@ def test_what_goes_in_comes_out(value: Any) -> None:
     assert same(value, again(value))
 
 
+def test_what_was_read_twice_is_two_values() -> None:
+    """Short heads are remembered; what is made of them must not be."""
+    packed = b"".join(pack({"a": [1, [2]], "b": np.arange(3)}))
+    first, second = unpack(packed), unpack(packed)
+    first["a"][1].append(3)
+    first["b"][0] = 9
+    assert second["a"] == unpack(packed)["a"] == [1, [2]]
+    assert second["b"].tolist() == unpack(packed)["b"].tolist() == [0, 1, 2]
+
+
 @given(st.sets(keys) | st.frozensets(keys | st.binary(min_size=200)))
 def test_sets(value: Any) -> None:
     assert same(value, again(value))

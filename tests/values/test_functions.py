@@ -20,7 +20,7 @@ import pytest
 
 import kvkeep
 from kvkeep.cache import KVCache
-from kvkeep.values.functions import Identity
+from kvkeep.values.functions import REMEMBERED, Identity
 
 W = np.eye(3)
 SCALE = 2
@@ -98,6 +98,43 @@ def test_arguments_by_name_position_and_default_are_the_same() -> None:
         key(f)
     with pytest.raises(TypeError, match="cannot be kept"):
         key(f, object())
+
+
+def test_calls_with_small_arguments_are_told_apart(cache: KVCache) -> None:
+    """Digests of such calls are remembered: by what does not take 1 for True, nor 0.0 for -0.0."""
+    calls: list[Any] = []
+
+    @cache.memoize
+    def shown(x: Any) -> str:
+        calls.append(x)
+        return repr(x)
+
+    nan = float("nan")
+    values = [0, 0.0, -0.0, 1, 1.0, True, False, None, "1", b"1", nan, 2**62, 2**64, -(2**64), "x" * 100, (1,), (True,)]
+    for _ in range(3):
+        for value in values:
+            assert shown(value) == repr(value)
+        assert shown(np.float64(1)) == repr(np.float64(1))
+    assert len(calls) == len(values) + 1
+    identity = Identity(helper)
+    keys = {identity.key((number,), {}) for number in range(2 * REMEMBERED)}
+    assert len(keys) == 2 * REMEMBERED
+    assert {identity.key((number,), {}) for number in range(2 * REMEMBERED)} == keys
+
+
+def test_remembered_calls_do_not_outlive_what_the_function_is_made_of(cache: KVCache) -> None:
+    space: dict[str, Any] = {"helper": lambda x: x + 1}
+    function = made("def f(x): return helper(x)", **space)
+    identity = Identity(function)
+    first = identity.key((1,), {})
+    assert identity.key((1,), {}) == first
+    function.__globals__["helper"] = lambda x: x + 2
+    assert identity.key((1,), {}) != first
+    weighed = made("def f(x): return x * scale", scale=2)
+    identity = Identity(weighed)
+    second = identity.key((1,), {})
+    weighed.__globals__["scale"] = 3
+    assert identity.key((1,), {}) != second
 
 
 def test_the_key_of_a_call_serves_the_plain_face_too(cache: KVCache) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from kvkeep.buffers import Buffer, as_bytes
@@ -80,14 +80,12 @@ class Store(ABC):
             out[: len(value)] = value
             return len(value)
 
-    @contextmanager
-    def read(self, keys: Sequence[BlockKey]) -> Iterator[list[memoryview | None]]:
+    def read(self, keys: Sequence[BlockKey]) -> AbstractContextManager[list[memoryview | None]]:
         """The values of ``keys`` for reading inside the ``with`` block, without a copy where the medium can.
 
         Do not keep the views: their memory is reused afterwards.
         """
-        values = self.get_many(keys)
-        yield [None if value is None else as_bytes(value) for value in values]
+        return _read(self, keys)
 
     def get_many(self, keys: Sequence[BlockKey]) -> list[Buffer | None]:
         return [self.get(key) for key in keys]
@@ -137,3 +135,8 @@ class Store(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Give back files and connections. Using a closed store raises ``StoreError``."""
+
+
+@contextmanager
+def _read(store: Store, keys: Sequence[BlockKey]) -> Iterator[list[memoryview | None]]:
+    yield [None if value is None else as_bytes(value) for value in store.get_many(keys)]

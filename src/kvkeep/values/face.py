@@ -107,7 +107,10 @@ class ValueFace(ABC):
         ``wait`` seconds at most, then they compute too; or, for ``stale`` seconds after the ``ttl`` is over, they get
         the old value while one computes the new one.
         """
-        values = self.values
+        from kvkeep.values.store import check_life, checked_tags
+
+        check_life(ttl, stale)
+        values, tags = self.values, checked_tags(tags)
         made: T = values.get_or_compute(values.packed(key), compute, ttl=ttl, stale=stale, tags=tags, wait=wait)
         return made
 

@@ -33,6 +33,9 @@ LONG_TEXT = 256
 DEPTH = 100
 """Of lists in lists."""
 
+SHORT_HEAD = 256
+"""Bytes up to which a head that was read is remembered: those of arrays, of which there are few different ones."""
+
 _HEAD = struct.Struct("<4sI")
 _loads = json.JSONDecoder().decode
 _dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
@@ -72,7 +75,8 @@ def unpack(data: Buffer) -> Any:
         if magic != MAGIC:
             raise FormError("no value of kvkeep")
         at = _HEAD.size + length
-        lengths, node = _loads(str(view[_HEAD.size : at], "utf-8"))
+        head = bytes(view[_HEAD.size : at])
+        lengths, node = _short_head(head) if length <= SHORT_HEAD else _head(head)
         buffers = []
         for nbytes in lengths:
             at += -at % ALIGN
@@ -89,6 +93,14 @@ def unpack(data: Buffer) -> Any:
     if reader.left:
         raise FormError("a buffer that belongs to nothing")
     return value
+
+
+def _head(head: bytes) -> tuple[list[int], Node]:
+    lengths, node = _loads(head.decode())
+    return lengths, node
+
+
+_short_head = lru_cache(maxsize=256)(_head)  # nobody changes a node
 
 
 class Writer:
@@ -240,7 +252,7 @@ class Reader:
         if math.prod(shape) * dtype.itemsize != len(data):
             raise FormError(f"{len(data)} bytes for an array {shape} of {dtype}")
         lies = shape if order is None else [shape[axis] for axis in order]
-        array = np.frombuffer(data, dtype).reshape(lies).copy() if len(data) else np.empty(lies, dtype)
+        array = np.ndarray(lies, dtype, data).copy() if len(data) else np.empty(lies, dtype)
         if order is None:
             return array
         if sorted(order) != list(range(len(shape))):

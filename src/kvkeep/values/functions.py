@@ -40,6 +40,9 @@ WRITES = frozenset(
 )  # fmt: skip
 """Methods that change a container; those of the same name of other types may change nothing."""
 LARGE_NBYTES = 4096
+SMALL = 64
+REMEMBERED = 1024
+"""Calls whose digests are remembered: of at most :data:`SMALL` arguments, each a number or as short a text."""
 DIGEST_NBYTES = 32
 
 
@@ -82,6 +85,19 @@ class Identity:
         parts = self._parts
         if parts is None or not parts.current:
             parts = self._parts = _Parts(self.function, vouched=self._version is not None)
+        small = not kwargs and not parts.data and len(args) <= SMALL and all(map(_small, args))
+        call = (args, tuple(map(type, args))) if small else None
+        known = parts.calls.get(call) if small else None
+        if known is not None:
+            return known
+        made = self._digest_of(parts, args, kwargs)
+        if small:
+            if len(parts.calls) >= REMEMBERED:
+                parts.calls.clear()
+            parts.calls[call] = made
+        return made
+
+    def _digest_of(self, parts: _Parts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
         digest = hashlib.sha256()
         _add(digest, self.name.encode(), str(self._version).encode(), parts.digest)
         names = sorted(kwargs)
@@ -100,10 +116,11 @@ class Identity:
 
 class _Parts:
     """What a function is made of: a ``digest`` of what stays the same while :attr:`current`, and ``data`` that is read
-    at each call."""
+    at each call. ``calls``: digests of some calls, if there is no such data."""
 
     def __init__(self, function: Any, *, vouched: bool) -> None:
         self.data: list[Read] = []
+        self.calls: dict[Any, bytes] = {}
         self._fixed: list[tuple[Read, Any, Any]] = []
         self._digest = hashlib.sha256()
         self._vouched = vouched
@@ -211,6 +228,16 @@ class _Parts:
     def _theirs(self, module: str) -> bool:
         """Is it told apart by its version, being somebody else's?"""
         return module.split(".")[0] != self._package and bool(_version_of(module))
+
+
+def _small(value: Any) -> bool:
+    """Is it cheap to compare, and equal to another one of its type only if it is the same? -0.0 and 0.0 are not."""
+    kind = type(value)
+    if kind is int:
+        return bool(-(1 << 63) <= value < 1 << 63)
+    if kind is str or kind is bytes:
+        return len(value) <= SMALL
+    return value is None or kind is bool or (kind is float and value != 0.0)
 
 
 def _add(digest: Any, *parts: Buffer) -> None:

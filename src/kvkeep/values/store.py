@@ -16,20 +16,23 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
+from kvkeep import frame
 from kvkeep.breaker import Breaker
 from kvkeep.buffers import Buffer, BufferPool, as_bytes, nbytes_of
 from kvkeep.crypt import key_id_of
 from kvkeep.errors import FrameError, StoreError
 from kvkeep.events import Counters, Observer
 from kvkeep.flight import Flight
-from kvkeep.frame import MAX_PAYLOAD_NBYTES
+from kvkeep.frame import HEADER_NBYTES, MAX_PAYLOAD_NBYTES
 from kvkeep.identity import ModelIdentity, derive
 from kvkeep.keys import BlockKey
 from kvkeep.layout import KVLayout, LayerGroup
 from kvkeep.policies.base import Access
+from kvkeep.tier import Tier
 from kvkeep.tiered import TieredStore
 from kvkeep.values.entry import MAX_TAGS, Entry, decode, encode, naming
 from kvkeep.values.face import ValueStats
@@ -43,6 +46,13 @@ IN_PLACE_NBYTES = 64
 
 REMEMBERED = 10_000
 """Values found below the first tier whose first use is remembered."""
+
+SEEN, SEEN_NBYTES = 1024, 1024
+"""Entries that are remembered decoded, and how large."""
+
+NOTED = 32
+"""Uses of values after which their tiers' policies are told: each for itself would cost ten times as much, since what
+a value's copy leaves in the processor's caches is the value."""
 
 LONGEST_WAIT_SECONDS = 60.0
 
@@ -89,6 +99,8 @@ class Values:
         self._lock = threading.Lock()
         self._calls: dict[bytes, _Call] = {}
         self._asked_once: dict[bytes, bool] = {}  # oldest first
+        self._seen: dict[bytes, tuple[bytes, Entry]] = {}  # by name: entries, and the bytes that they were
+        self._used: list[tuple[Tier, BlockKey, Access]] = []  # what policies have not been told of yet
         tiers.upkeep.append(self._maintain)
 
     # Names
@@ -199,12 +211,11 @@ class Values:
         *,
         ttl: float | None = None,
         stale: float = 0.0,
-        tags: Iterable[str] = (),
+        tags: Sequence[str] = (),
         wait: float = LONGEST_WAIT_SECONDS,
     ) -> Any:
-        """The value of a packed ``key``, computed by one of all who ask for it now."""
-        check_life(ttl, stale)
-        tags = checked_tags(tags)
+        """The value of a packed ``key``, computed by one of all who ask for it now. ``ttl``, ``stale`` and ``tags``
+        have been checked."""
         name = self.name(key)
         deadline = 0.0
         while True:
@@ -326,6 +337,17 @@ class Values:
         return body if cipher is None else cipher.encrypt_bytes(body, context=name, namespace=self._namespace)
 
     def _decoded(self, name: bytes, body: bytes) -> Entry | None:
+        seen = self._seen.get(name)
+        if seen is not None and seen[0] == body:
+            return seen[1]
+        entry = self._decode(name, body)
+        if entry is not None and len(body) <= SEEN_NBYTES:
+            if len(self._seen) >= SEEN:
+                self._seen.clear()
+            self._seen[name] = body, entry
+        return entry
+
+    def _decode(self, name: bytes, body: bytes) -> Entry | None:
         cipher = self._tiers.cipher
         if self._locked(body):
             self._observer.event("lost", tier="index", cause="locked")
@@ -381,6 +403,7 @@ class Values:
             self._observer.event("value_shared", nbytes=nbytes)
         if all(there):
             return True
+        self._tell()  # before something has to give way
         with self._pool.borrow(nbytes) as room:
             at = 0
             for part in parts:
@@ -398,14 +421,37 @@ class Values:
         for tier in self._tiers.tiers:
             # A server is not asked whether it has it: it will say when it is asked for the bytes.
             if tier.contains_many([key])[0] if tier.owned else tier.breaker.closed:
-                value = self._tiers.read_one(key, tier, layout, lambda payload: (unpack(payload),))
+                value = self._read(key, tier, layout)
                 if value is not None:
                     now = time.time()
-                    tier.touch([(key, Access(now))])
+                    self._note(tier, key, Access(now))
                     if tier is not first and self._asked_again(key):
                         self._tiers.promote([key], [tier], layout, now)
                     return value[0]
         return MISSING
+
+    def _read(self, key: BlockKey, tier: Tier, layout: ValueLayout) -> tuple[Any] | None:
+        """What ``tier`` has, None if it is gone. Raises :class:`FormError`."""
+        if tier.trusted:
+            # In memory nearly all is raw, and its header then has only one form.
+            head, nbytes = key.join(layout.raw_head), HEADER_NBYTES + layout.block_nbytes
+            with suppress(StoreError), tier.store.read([key]) as (value,):
+                if value is not None and len(value) == nbytes and bytes(value[:HEADER_NBYTES]) == head:
+                    made = unpack(value[HEADER_NBYTES:])
+                    self._observer.event("load", nbytes=layout.block_nbytes, tier=tier.name)
+                    return (made,)
+        return self._tiers.read_one(key, tier, layout, lambda payload: (unpack(payload),))
+
+    def _note(self, tier: Tier, key: BlockKey, access: Access) -> None:
+        self._used.append((tier, key, access))
+        if len(self._used) >= NOTED:
+            self._tell()
+
+    def _tell(self) -> None:
+        """Tell the policies what was used."""
+        used, self._used = self._used, []
+        for tier in self._tiers.tiers if used else ():
+            tier.touch([(key, access) for where, key, access in used if where is tier])
 
     def _asked_again(self, key: bytes) -> bool:
         """A value goes up when it is asked for a second time: copying it costs as much as getting it did."""
@@ -442,6 +488,7 @@ class Values:
             return None
 
     def _maintain(self) -> None:
+        self._tell()
         self._breaker.probe(self.index.ping)
         self._forget(self._asked(self.index.maintain, "housekeeping") or [])
 
@@ -489,6 +536,11 @@ class ValueLayout(KVLayout):
     @cached_property
     def fingerprint(self) -> bytes:
         return derive(b"", b"kvkeep values layout 1", (self.identity.digest,))
+
+    @cached_property
+    def raw_head(self) -> tuple[bytes, bytes]:
+        """The header in memory of a value that no codec has touched: what stands before its key, and behind it."""
+        return frame.around_key(self.fingerprint, self.block_nbytes, self.identity.tenant)
 
 
 @lru_cache(maxsize=4096)
