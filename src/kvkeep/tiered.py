@@ -19,7 +19,9 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from itertools import takewhile
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from kvkeep import frame
 from kvkeep.buffers import Buffer, BufferPool, nbytes_of
@@ -48,7 +50,6 @@ WORTH_DECODING = 0.75
 """A value that its codec makes no smaller than this is kept as it is: decoding would cost more than its bytes do."""
 
 CodecLookup = Callable[[str], Codec]
-T = TypeVar("T")
 
 
 class _Write:
@@ -206,21 +207,28 @@ class TieredStore:
             if ahead is not None:
                 ahead.discard()
 
-    def read_one(self, key: BlockKey, tier: Tier, layout: KVLayout, use: Callable[[memoryview], T]) -> T | None:
-        """What ``use`` makes of one block's payload, whose view dies afterwards; None if it is not there any more.
+    def read_one(self, key: BlockKey, tier: Tier, layout: KVLayout) -> memoryview | None:
+        """One block's payload, in memory that is the caller's; None if it is not there any more.
         :meth:`blocks` without what it does for many, which costs as much as copying a megabyte."""
+        nbytes = layout.block_nbytes
+        frame_of_it = _fresh(frame.HEADER_NBYTES + nbytes + nbytes // 64 + 1024)  # no codec makes it any larger
         try:
-            with tier.store.read([key]) as (value,):
-                if value is None:
-                    return None
-                with self._pool.borrow(layout.block_nbytes) as room:
-                    made = use(self._open_frame(key, value, tier, layout, room))
-            self._observer.event("load", nbytes=layout.block_nbytes, tier=tier.name)
-            return made
+            got = tier.store.get_into(key, frame_of_it)
+            if got is None:
+                return None
+            header, payload = self._parse(key, frame_of_it[:got], tier, layout)
+            if header.encrypted or header.codec != "raw":
+                payload = self._opened(header, frame_of_it[:got], payload, layout, _fresh(nbytes))
+            elif len(payload) != nbytes:
+                raise FrameError("size", "a raw payload that is not a block's size")
+            self._observer.event("load", nbytes=nbytes, tier=tier.name)
+            return payload
         except FrameError as error:
             self._refuse(key, tier, error)
         except StoreError as error:
             tier.breaker.failed("a read", error)
+        except ValueError:
+            self._refuse(key, tier, FrameError("long", "more bytes than a frame of this layout can have"))
         return None
 
     def _reading(self, keys: Sequence[BlockKey], span: _Span, then: _Span | None = None) -> _Reading:
@@ -287,6 +295,11 @@ class TieredStore:
         self, key: BlockKey, value: memoryview, tier: Tier, layout: KVLayout, room: memoryview
     ) -> memoryview:
         header, payload = self._parse(key, value, tier, layout)
+        return self._opened(header, value, payload, layout, room)
+
+    def _opened(
+        self, header: frame.Header, value: memoryview, payload: memoryview, layout: KVLayout, room: memoryview
+    ) -> memoryview:
         raw = header.codec == "raw"
         if header.encrypted and self.cipher is not None:
             if raw:
@@ -594,6 +607,11 @@ class TieredStore:
         if not target.trusted:
             frame.seal(head, stored)
         return [bytes(head), stored]
+
+
+def _fresh(nbytes: int) -> memoryview:
+    """Memory that nobody has zeroed."""
+    return np.empty(nbytes, np.uint8).data
 
 
 def _encoded(codec: Codec, payload: Buffer, layout: KVLayout, access: Access) -> Buffer:

@@ -61,6 +61,25 @@ def test_a_manifest_that_cannot_be_ours_is_a_value(redis_shared: RedisServer, nu
         assert store.delete(key(1))
 
 
+@pytest.mark.parametrize("nbytes", [48, 1000, 7 << 20, 30_000_001])
+def test_a_value_is_received_where_it_shall_lie(redis_shared: RedisServer, nbytes: int) -> None:
+    data, out = value(1, nbytes), bytearray(nbytes + 100)
+    with contextlib.closing(RedisStore(redis_shared.url, prefix=next(_prefixes), **PATIENT)) as store:
+        store.put(key(1), [data])
+        assert store.get_into(key(1), memoryview(out)) == nbytes
+        assert out == data + bytes(100)
+        small = bytearray(nbytes - 1)
+        with pytest.raises(ValueError, match="does not fit"):
+            store.get_into(key(1), memoryview(small))
+        assert not any(small)
+        assert store.get(key(1)) == data, "the connection is in step"
+        lost = [name for name in redis_shared.call("KEYS", f"{store.prefix}:*") if name.endswith(b".0")]
+        if lost:  # a part
+            redis_shared.call("DEL", *lost)
+            assert store.get_into(key(1), memoryview(out)) is None
+            assert not store.contains(key(1))
+
+
 def test_a_lookup_of_very_many_keys(redis_shared: RedisServer, cluster_shared: RedisCluster) -> None:
     """A context of a million tokens."""
     keys = [key(number) for number in range(60_000)]

@@ -237,6 +237,46 @@ def test_a_second_cache_finds_them(opened: Callable[..., KVCache]) -> None:
     assert cache.get_value("a") == 5
 
 
+@pytest.mark.parametrize("array", [ARRAY, np.asfortranarray(ARRAY), np.zeros((500, 100)), ARRAY.astype("f2")[::2]])
+@pytest.mark.parametrize("encryption", [None, lambda: b"k" * 32])
+def test_an_array_from_below_lies_where_it_was_received(
+    opened: Callable[..., KVCache], array: np.ndarray, encryption: Any
+) -> None:
+    cache = opened(encryption=encryption)
+    cache.set_value("a", array)
+    cache.set_value("b", [array, array])
+    if opened.kind != "memory":  # type: ignore[attr-defined]
+        cache.close()
+        cache = opened(encryption=encryption)
+    for _ in range(4):
+        found, both = cache.get_value("a"), cache.get_value("b")
+        for one in (found, *both):
+            assert one.dtype == array.dtype
+            assert one.strides == array.copy("K").strides
+            assert np.array_equal(one, array)
+            assert one.flags.writeable
+            assert one.flags.aligned
+            one[:] = 7
+        assert not np.shares_memory(*both)
+
+
+def test_a_frame_that_is_too_long_is_refused(redis_shared: RedisServer) -> None:
+    url = f"{redis_shared.url}{PATIENT}&prefix=values{next(_numbers)}"
+    with kvkeep.open(url, memory="16MiB") as cache:
+        cache.set_value("a", ARRAY)
+    with kvkeep.open(url, memory="16MiB") as cache:
+        store = cache.store.tiers[-1].store
+        ((key, _),) = store.items()
+        frame = bytes(store.get(key) or b"")
+        store.delete(key)
+        store.put(key, [frame, bytes(100_000)])
+        assert cache.get_value("a", "missing") == "missing"
+        assert cache.counters.count("corrupt", tier="remote", cause="long") == 1
+        assert store.get(key) is None
+        assert cache.set_value("a", ARRAY)
+        assert np.array_equal(cache.get_value("a"), ARRAY)
+
+
 def test_a_restart_finds_them(opened: Callable[..., KVCache]) -> None:
     cache = opened()
     cache.set_value("a", ARRAY, tags=["t"])

@@ -144,6 +144,26 @@ class RedisStore(Store):
         with self.read(keys) as values:
             return [None if value is None else bytes(value) for value in values]
 
+    def get_into(self, key: BlockKey, out: memoryview) -> int | None:
+        """Received where it shall lie."""
+        self._check_open()
+        with ExitStack() as stack:
+
+            def room(_: int, nbytes: int) -> memoryview:
+                here = nbytes <= len(out) and nbytes != _MANIFEST.size  # which may be too small for what it announces
+                return out if here else stack.enter_context(self._pool.borrow(nbytes))
+
+            (value,) = self._get(self.names([key]), room)
+            manifest = None if value is None else Manifest.parse(value)
+            nbytes = len(value or b"") if manifest is None else manifest.nbytes
+            if nbytes > len(out):
+                raise ValueError(f"a value of {nbytes} bytes does not fit into {len(out)}")
+            if manifest is not None:
+                value = self._join(key, manifest, out[:nbytes], stack)
+            elif nbytes == _MANIFEST.size and value is not None:
+                out[:nbytes] = value
+            return None if value is None else nbytes
+
     @contextmanager
     def read(self, keys: Sequence[BlockKey]) -> Iterator[list[memoryview | None]]:
         self._check_open()
@@ -152,7 +172,8 @@ class RedisStore(Store):
             for at, value in enumerate(values):
                 manifest = None if value is None else Manifest.parse(value)
                 if manifest is not None:
-                    values[at] = self._join(keys[at], manifest, stack)
+                    out = stack.enter_context(self._pool.borrow(manifest.nbytes))
+                    values[at] = self._join(keys[at], manifest, out, stack)
             yield [None if value is None else value.toreadonly() for value in values]
 
     def items(self) -> Iterator[tuple[BlockKey, int]]:
@@ -263,9 +284,8 @@ class RedisStore(Store):
         (start,) = self.servers.ask([name], self._load_timeout, first)
         return None if start is None else Manifest.parse(start)
 
-    def _join(self, key: BlockKey, manifest: Manifest, stack: ExitStack) -> memoryview | None:
-        """The value in parts. One that has lost a part is forgotten."""
-        out = stack.enter_context(self._pool.borrow(manifest.nbytes))
+    def _join(self, key: BlockKey, manifest: Manifest, out: memoryview, stack: ExitStack) -> memoryview | None:
+        """The value in parts, in ``out``. One that has lost a part is forgotten."""
         places = list(_cut([out], manifest.part_nbytes))
 
         def room(index: int, found: int) -> memoryview:

@@ -67,8 +67,11 @@ def pack(value: Any) -> list[Buffer]:
     return parts
 
 
-def unpack(data: Buffer) -> Any:
-    """The value, in memory of its own. Raises :class:`FormError`."""
+def unpack(data: Buffer, *, given: bool = False) -> Any:
+    """The value, in memory of its own. Raises :class:`FormError`.
+
+    ``given``: ``data`` is writable and nobody else's, so an array that is all of the value may stay where it lies.
+    """
     view = as_bytes(data)
     try:
         magic, length = _HEAD.unpack_from(view)
@@ -86,7 +89,7 @@ def unpack(data: Buffer) -> Any:
             at += nbytes
         if at != len(view):
             raise FormError(f"{len(view)} bytes where the head announces {at}")
-        reader = Reader(buffers)
+        reader = Reader(buffers, given=given and type(node) is list and node[:1] == ["a"])
         value = reader.value(node)
     except (*_REFUSALS, struct.error) as error:
         raise FormError(f"bytes that are no value: {error}") from error
@@ -204,8 +207,9 @@ _WRITERS: dict[type, Callable[[Writer, Any], Node]] = {
 class Reader:
     """Turns nodes back into values. Raises whatever comes: :func:`unpack` makes one error of it."""
 
-    def __init__(self, buffers: list[memoryview]) -> None:
+    def __init__(self, buffers: list[memoryview], *, given: bool = False) -> None:
         self._buffers = iter(buffers)
+        self._given = given
 
     @property
     def left(self) -> bool:
@@ -252,7 +256,9 @@ class Reader:
         if math.prod(shape) * dtype.itemsize != len(data):
             raise FormError(f"{len(data)} bytes for an array {shape} of {dtype}")
         lies = shape if order is None else [shape[axis] for axis in order]
-        array = np.ndarray(lies, dtype, data).copy() if len(data) else np.empty(lies, dtype)
+        array = np.ndarray(lies, dtype, data) if len(data) else np.empty(lies, dtype)
+        if len(data) and not (self._given and array.flags.aligned):
+            array = array.copy()
         if order is None:
             return array
         if sorted(order) != list(range(len(shape))):

@@ -440,7 +440,8 @@ class Values:
                     made = unpack(value[HEADER_NBYTES:])
                     self._observer.event("load", nbytes=layout.block_nbytes, tier=tier.name)
                     return (made,)
-        return self._tiers.read_one(key, tier, layout, lambda payload: (unpack(payload),))
+        payload = self._tiers.read_one(key, tier, layout)
+        return None if payload is None else (unpack(payload, given=True),)
 
     def _note(self, tier: Tier, key: BlockKey, access: Access) -> None:
         self._used.append((tier, key, access))
