@@ -86,6 +86,18 @@ def test_a_server_that_is_not_there_is_exit_status_1() -> None:
     assert "hunter2" not in result.output
 
 
+def test_a_server_that_refuses_writes_is_exit_status_1() -> None:
+    with redis_server("--maxmemory-policy", "noeviction", maxmemory="3mb") as server:
+        result = run("check", f"{server.url}{PATIENT}", "--json")
+        (tier,) = json.loads(result.stdout)["tiers"]
+        assert tier["reached"]
+        assert "full" in tier["advice"][-1]
+        assert result.exit_code == 1
+        server.call("CONFIG", "SET", "maxmemory", "256mb")
+        server.call("REPLICAOF", "127.0.0.1", "1")
+        assert run("check", f"{server.url}{PATIENT}").exit_code == 1
+
+
 def test_nodes_of_memcached_that_are_not_there_are_named() -> None:
     result = run("check", "memcached://127.0.0.1:1")
     assert result.exit_code == 1
@@ -122,6 +134,8 @@ def test_advice() -> None:
     assert "ttl" in redis_advice({"maxmemory": 1, "maxmemory_policy": "volatile-lru"})[0]
     assert "appendonly" in redis_advice({"aof_enabled": 1})[0]
     assert redis_advice({}) == []
+    assert "up to 7335936 bytes" in redis_advice({"proto-max-bulk-len": "5242880"})[0]
+    assert redis_advice({"proto-max-bulk-len": "536870912"}) == []
     assert memcached_advice({"limit_maxbytes": str(4 << 30)}) == []
     assert "-I 1m" in memcached_advice({"item_size_max": "524288"})[0]
     assert "-M" in memcached_advice({"evictions": "off"})[0]

@@ -45,6 +45,11 @@ class Checked:
     read_mb_s: float | None = None
     advice: list[str] = field(default_factory=list)
 
+    @property
+    def works(self) -> bool:
+        """Was all that was written there read back?"""
+        return self.read_mb_s is not None
+
 
 def check(
     place: Place = None,
@@ -53,7 +58,7 @@ def check(
     """Try each tier: is it reached, how fast is it, and what should be changed there.
 
     Without a place: all tiers of the file that KVKEEP_CONFIG names, else the defaults. Writes a few values of its own
-    and deletes them again. Exit status 1 where a tier cannot be reached.
+    and deletes them again. Exit status 1 where a tier cannot be reached, or does not keep what is written there.
     """
     from kvkeep import config
     from kvkeep.errors import ConfigError
@@ -86,7 +91,7 @@ def check(
         print(json.dumps({"tiers": [asdict(each) for each in found]}, ensure_ascii=False))
     else:
         _show(found)
-    raise typer.Exit(0 if all(each.reached for each in found) else 1)
+    raise typer.Exit(0 if all(each.works for each in found) else 1)
 
 
 def _memory(nbytes: int) -> Checked:
@@ -215,7 +220,7 @@ def _redis(store: Any) -> list[tuple[str, dict[str, Any]]]:
 
 def redis_advice(facts: dict[str, Any]) -> list[str]:
     """Sentences about INFO's and CONFIG's figures."""
-    from kvkeep.stores.redis import PART_NBYTES
+    from kvkeep.stores.redis import WHOLE_NBYTES
 
     advice = []
     if facts.get("maxmemory") == 0:
@@ -227,10 +232,10 @@ def redis_advice(facts: dict[str, Any]) -> list[str]:
     elif str(policy).startswith("volatile-"):
         advice.append(f"maxmemory-policy is {policy}, which evicts only what has a time to live: give the address "
                       "?ttl=…, or CONFIG SET maxmemory-policy allkeys-lru")  # fmt: skip
-    largest = int(facts.get("proto-max-bulk-len", PART_NBYTES))
-    if largest < PART_NBYTES:
-        advice.append(f"proto-max-bulk-len is {largest}, but values come in parts of {PART_NBYTES}: "
-                      f"CONFIG SET proto-max-bulk-len {PART_NBYTES}")  # fmt: skip
+    largest = int(facts.get("proto-max-bulk-len", WHOLE_NBYTES))
+    if largest < WHOLE_NBYTES:
+        advice.append(f"proto-max-bulk-len is {largest}, but values have up to {WHOLE_NBYTES} bytes, and it ends the "
+                      "connection of who sends a larger one: CONFIG SET proto-max-bulk-len 512mb")  # fmt: skip
     if facts.get("aof_enabled"):
         advice.append("it logs every write to disk (appendonly), which a cache does not need: CONFIG SET appendonly no")
     return advice
