@@ -213,7 +213,7 @@ def _redis(store: Any) -> list[tuple[str, dict[str, Any]]]:
             facts |= node.info("memory") | node.info("persistence") | node.info("server")
             facts |= node.config_get("proto-max-bulk-len")
         except RedisError:
-            pass  # a managed server forbids CONFIG, an ACL perhaps INFO: then nothing is known, and nothing is said
+            pass  # a managed server forbids CONFIG, which tells little; an ACL perhaps INFO
         found.append((name, facts))
     return found
 
@@ -223,6 +223,10 @@ def redis_advice(facts: dict[str, Any]) -> list[str]:
     from kvkeep.stores.redis import WHOLE_NBYTES
 
     advice = []
+    if "maxmemory" not in facts:
+        advice.append(
+            "it does not show its settings to this user (INFO): see to maxmemory and maxmemory-policy yourself"
+        )
     if facts.get("maxmemory") == 0:
         advice.append("maxmemory is not set, so it grows until the system ends it: CONFIG SET maxmemory 4gb")
     policy = facts.get("maxmemory_policy", "")
