@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -21,11 +22,13 @@ from kvkeep.errors import StoreError
 from kvkeep.stores.redis import RedisStore
 from kvkeep.stores.redis_cluster import slot_of
 from kvkeep.testing.servers import (
+    Proxy,
     RedisCluster,
     RedisServer,
     folder,
     proxy,
     redis_cluster,
+    tcp_server,
     wait_for,
 )
 from kvkeep.testing.stores import key, value
@@ -483,3 +486,31 @@ def test_a_server_that_is_restarted_between_requests(redis_own: RedisServer) -> 
         assert store.get(key(1)) is None
         store.put(key(1), [value(1)])
         assert store.get(key(1)) == value(1)
+
+
+def test_connecting_may_take_longer_than_a_question(redis_own: RedisServer) -> None:
+    """As TLS does, or a server that is far away. Else a process that lives shortly would never get anything."""
+    between = Proxy(redis_own.port)
+
+    def slow(client: socket.socket) -> None:
+        time.sleep(0.5)
+        between.serve(client)
+
+    with tcp_server(slow) as port:
+        store = RedisStore(f"redis://127.0.0.1:{port}", lookup_timeout=0.3, load_timeout=0.3)
+        store.put(key(1), [value(1, 100)])
+        store.close()
+        store = RedisStore(f"redis://127.0.0.1:{port}", lookup_timeout=0.3, load_timeout=0.3)
+        assert store.contains_many([key(1), key(2)]) == [True, False]
+        store.close()
+
+
+def test_opening_waits_a_second_for_a_server_that_is_frozen(redis_own: RedisServer) -> None:
+    redis_own.freeze()
+    start = time.monotonic()
+    with kvkeep.open(redis_own.url, memory="8MiB") as cache:
+        assert time.monotonic() - start < 2.0
+        start = time.monotonic()
+        assert cache.get_value("a") is None
+        assert time.monotonic() - start < 0.5
+    redis_own.thaw()

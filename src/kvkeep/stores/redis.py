@@ -61,6 +61,10 @@ LOOKUP_KEYS = 5000
 """A lookup of more keys may take longer: a server needs about half a microsecond for each."""
 
 
+FIRST_SECONDS = 1.0
+"""How long whoever opens a store waits at most for its first connection."""
+
+
 def draw_token() -> bytes:
     return os.urandom(16)
 
@@ -97,6 +101,8 @@ class RedisStore(Store):
         address = parse(url)
         self._where = str(address)
         self.servers = (Cluster if address.kind == "cluster" else Server)(address, connect_timeout, prefix.encode())
+        # TLS, or a server that is far away, takes longer to connect to than the first question may.
+        self.servers.await_first(min(connect_timeout, FIRST_SECONDS))
         self._head = prefix.encode() + b":{"
         self._pool = BufferPool()
         self._closed = False

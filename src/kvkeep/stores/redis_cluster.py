@@ -14,6 +14,7 @@ import time
 from binascii import crc_hqx
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,13 @@ class Cluster:
         self._nodes: dict[Place, _Shard] = {}
         self.reset()
         self._refresh()
+
+    def await_first(self, seconds: float) -> None:
+        """Wait until the map is there, and a connection to each of its nodes, or could not be had."""
+        deadline = time.monotonic() + seconds
+        with suppress(StoreError):
+            for place in {place for place in self._map(deadline) if place}:
+                self._node(place).node.await_first(deadline)
 
     @property
     def client(self) -> Any:

@@ -291,6 +291,14 @@ class Node:
             if not self._idle and not self._opening:
                 self._start_opening()
 
+    def await_first(self, deadline: float) -> None:
+        """Wait for what :meth:`warm` began."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._idle or self._failures or self._closed or not self._opening,
+                max(0.0, deadline - time.monotonic()),
+            )
+
     def drop(self) -> None:
         """Close what is idle."""
         with self._changed:
@@ -379,6 +387,10 @@ class Server:
         pool = self.client.connection_pool
         self._node = Node(str(address), lambda: pool.connection_class(**pool.connection_kwargs))
         self._node.warm()
+
+    def await_first(self, seconds: float) -> None:
+        """Wait until the first connection is there, or could not be opened."""
+        self._node.await_first(time.monotonic() + seconds)
 
     def ask(self, names: Sequence[bytes], seconds: float, work: Work) -> Sequence[Any]:
         """The replies to ``names``, within ``seconds`` (and what values add by their size).
