@@ -23,7 +23,7 @@ from kvkeep.keys import BlockKey
 from kvkeep.policies.base import Access
 from kvkeep.stores.redis import RedisStore
 from kvkeep.testing.faults import FaultyStore
-from kvkeep.testing.servers import RedisServer, wait_for
+from kvkeep.testing.servers import MemcachedServer, RedisServer, memcached_server, wait_for
 from kvkeep.values.entry import Entry, encode
 from kvkeep.values.index import Item
 from kvkeep.values.store import layout_of
@@ -483,6 +483,37 @@ def test_a_server_that_dies_and_comes_back(redis_own: RedisServer) -> None:
         redis_own.start()
         wait_for(lambda: cache.set_value("b", 2), "the index does not come back")
         assert cache.get_value("b") == 2
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda cache: cache.set_value("b", 2),
+        lambda cache: cache.set_value("b", ARRAY + 1),
+        lambda cache: cache.delete_value("a"),
+        lambda cache: cache.invalidate("t"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["redis", "memcached"])
+def test_a_write_to_a_frozen_server_does_not_hold_anybody(
+    redis_own: RedisServer, kind: str, write: Callable[[KVCache], bool]
+) -> None:
+    with contextlib.ExitStack() as stack:
+        server: RedisServer | MemcachedServer = redis_own
+        url = redis_own.url
+        if kind == "memcached":
+            server = stack.enter_context(memcached_server())
+            url = f"memcached://{server.where}"
+        cache = stack.enter_context(kvkeep.open(url + "?lookup_timeout=0.1", memory="8MiB"))
+        wait_for(lambda: cache.set_value("a", ARRAY, tags=["t"]), "the server is not used")
+        server.freeze()
+        stack.callback(server.thaw)
+        begin = time.monotonic()
+        assert not write(cache)
+        assert time.monotonic() - begin < 1.0
+        begin = time.monotonic()
+        assert not write(cache)
+        assert time.monotonic() - begin < 0.1
 
 
 def test_a_frozen_server_does_not_hold_anybody(redis_own: RedisServer) -> None:

@@ -112,6 +112,11 @@ class Index(ABC):
         """Give back files and connections."""
 
 
+def write_seconds(lookup_timeout: float, save_timeout: float) -> float:
+    """What a write to an index on a server may take: it is small, and its caller waits for it."""
+    return min(4 * lookup_timeout, save_timeout)
+
+
 def boot_clock() -> float:
     """Seconds that no setting of the clock changes and that count while the machine sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)

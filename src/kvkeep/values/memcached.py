@@ -22,13 +22,15 @@ from kvkeep.errors import StoreError
 from kvkeep.keys import BlockKey
 from kvkeep.stores.memcached import MemcachedStore, expiry_of
 from kvkeep.stores.redis_wire import Wire, garbage
-from kvkeep.values.index import NAME_NBYTES, Found, Index, Item
+from kvkeep.values.index import NAME_NBYTES, Found, Index, Item, write_seconds
 
 STAMP_NBYTES = 8
 MEMBER_NBYTES = NAME_NBYTES + STAMP_NBYTES
 MOST_MEMBERS = 10_000
 TRIES = 100
 BATCH = 64
+EACH_SECONDS = 0.001
+"""More time for each entry that is set: that is several round trips."""
 LARGEST_NBYTES = 1 << 20
 UNKNOWN = b"?"
 """For the members of a group that has lost its list: nothing follows from who is missing there."""
@@ -64,6 +66,7 @@ class MemcachedIndex(Index):
 
     def __init__(self, store: MemcachedStore) -> None:
         self._store = store
+        self._write_seconds = write_seconds(store.lookup_timeout, store.save_timeout)
         self._entry = store.prefix.encode() + b":v:"
         self._group = store.prefix.encode() + b":g:"
 
@@ -89,7 +92,8 @@ class MemcachedIndex(Index):
         def work(wire: Wire, group: Sequence[int]) -> list[bytes]:
             return [self._set(wire, items[index], stamp) for index in group]
 
-        old: list[bytes | None] = self._store.ask([BlockKey(name) for name in names], self._store.save_timeout, work)
+        seconds = self._write_seconds + EACH_SECONDS * len(items)
+        old: list[bytes | None] = self._store.ask([BlockKey(name) for name in names], seconds, work)
         if None in old:
             raise StoreError("a node of Memcached did not answer", cause="unreachable")
         groups = {item.group for item in items}
@@ -102,7 +106,7 @@ class MemcachedIndex(Index):
                 return False, b""
             return (seen.lives, seen.place) if _delete(wire, key, seen) else None
 
-        there, place = self._repeat(name, work, self._store.save_timeout) or (False, b"")
+        there, place = self._repeat(name, work, self._write_seconds) or (False, b"")
         return there, self._leave([(place, name)])
 
     def add(self, name: bytes, body: bytes, life: float | None) -> bool:
@@ -147,7 +151,7 @@ class MemcachedIndex(Index):
             life = None if until == math.inf else until - time.time()
             return _store(wire, key, seen.data[: _HEAD.size] + new, life, seen) or None
 
-        return bool(self._repeat(name, work, self._store.save_timeout))
+        return bool(self._repeat(name, work, self._write_seconds))
 
     def ping(self) -> None:
         self._store.ping()
@@ -175,7 +179,7 @@ class MemcachedIndex(Index):
             stored = _store(wire, key, new, None, seen) if new or seen is None else _delete(wire, key, seen)
             return new if stored else None
 
-        return self._repeat(group, work, self._store.save_timeout, head=self._group)
+        return self._repeat(group, work, self._write_seconds, head=self._group)
 
     def _leave(self, places: Sequence[tuple[bytes | None, bytes]]) -> list[bytes]:
         """Take names out of the groups in which they were; the groups that are empty now."""

@@ -20,7 +20,7 @@ from typing import Any
 from kvkeep.errors import StoreError
 from kvkeep.stores.redis import RedisStore
 from kvkeep.stores.redis_wire import Wire, outcome, pack
-from kvkeep.values.index import NAME_NBYTES, Found, Index, Item
+from kvkeep.values.index import NAME_NBYTES, Found, Index, Item, write_seconds
 
 STAMP_NBYTES = 8
 _PLACE_NBYTES = NAME_NBYTES + STAMP_NBYTES  # of an entry before its body
@@ -70,6 +70,7 @@ class RedisIndex(Index):
 
     def __init__(self, store: RedisStore) -> None:
         self._store = store
+        self._write_seconds = write_seconds(store.lookup_timeout, store.save_timeout)
         self._entry = store.prefix.encode() + b":v:"
         self._set = store.prefix.encode() + b":g:"
 
@@ -96,7 +97,7 @@ class RedisIndex(Index):
         ]
         old = []
         for calls in (joining, setting):
-            old = self._ask(calls, self._store.save_timeout)
+            old = self._ask(calls, self._write_seconds)
             if None in old:
                 raise StoreError("a node of the cluster did not answer", cause="unreachable")
         groups = {item.group for item in items}
@@ -104,7 +105,7 @@ class RedisIndex(Index):
         return [group for group in self._leave(left) if group not in groups]
 
     def delete(self, name: bytes) -> tuple[bool, list[bytes]]:
-        (reply,) = self._ask([(_DELETE, self._name(name), ())], self._store.save_timeout)
+        (reply,) = self._ask([(_DELETE, self._name(name), ())], self._write_seconds)
         return (reply or b"")[:1] == b"1", self._leave([((reply or b"")[1:], name)])
 
     def add(self, name: bytes, body: bytes, life: float | None) -> bool:
@@ -127,7 +128,7 @@ class RedisIndex(Index):
         return [bytes.fromhex(name.decode()) for name in found if not name.strip(b"0123456789abcdef")]
 
     def replace(self, name: bytes, old: bytes, new: bytes) -> bool:
-        return self._ask([(_REPLACE, self._name(name), (old, new))], self._store.save_timeout) == [b"1"]
+        return self._ask([(_REPLACE, self._name(name), (old, new))], self._write_seconds) == [b"1"]
 
     def ping(self) -> None:
         self._store.ping()
@@ -136,7 +137,7 @@ class RedisIndex(Index):
         """Take names out of the groups in which they were; the groups that are empty now."""
         left = [(place, name) for place, name in places if len(place) == _PLACE_NBYTES and place != _NOWHERE]
         calls = [(_LEAVE, self._group(place[:NAME_NBYTES]), (name + place[NAME_NBYTES:],)) for place, name in left]
-        replies = self._ask(calls, self._store.save_timeout)
+        replies = self._ask(calls, self._write_seconds)
         return list({place[:NAME_NBYTES] for (place, _), reply in zip(left, replies, strict=True) if reply == b"0"})
 
     def _name(self, name: bytes) -> bytes:
