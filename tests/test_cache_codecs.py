@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import kvkeep
+import kvkeep.cache as cache_module
 from kvkeep import frame, registry
 from kvkeep.cache import KVCache
 from kvkeep.errors import ConfigError
@@ -45,6 +47,39 @@ def load(cache: KVCache) -> list[tuple[int, bool]]:
 
 
 ALL_RIGHT = [(index, True) for index in range(6)]
+
+
+def test_promotion_waits_for_the_rest_of_the_prompt_unless_somebody_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "PROMOTE_AFTER_SECONDS", 3600.0)
+    with kvkeep.open(tmp_path, memory="1MiB", disk="8MiB") as cache:
+        cache.bind(LAYOUT).save(TOKENS, Blocks())
+    with kvkeep.open(tmp_path, memory="1MiB", disk="8MiB") as cache:
+        bound = cache.bind(LAYOUT)
+        assert load(bound) == ALL_RIGHT
+        more = [*TOKENS, *range(64)]
+        assert bound.save(more, Blocks()) == 1  # what is saved does not wait behind it
+        deadline = time.monotonic() + 20
+        while not (known := cache.store.tiers[1].contains_many(bound.match(more).keys))[-1]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert all(known)
+        assert cache.store.tiers[0].usage[0] == 1
+        assert cache.flush(10)
+        assert cache.store.tiers[0].usage[0] == 7
+
+
+def test_what_waits_to_be_promoted_is_given_up_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "PROMOTE_AFTER_SECONDS", 3600.0)
+    with kvkeep.open(tmp_path, memory="1MiB", disk="8MiB") as cache:
+        cache.bind(LAYOUT).save(TOKENS, Blocks())
+    cache = kvkeep.open(tmp_path, memory="1MiB", disk="8MiB")
+    assert load(cache.bind(LAYOUT)) == ALL_RIGHT
+    before = time.monotonic()
+    cache.close()
+    assert time.monotonic() - before < 30
+    assert cache.store.tiers[0].usage[0] == 0
 
 
 @pytest.mark.parametrize("codec", ["raw", "lossless"])

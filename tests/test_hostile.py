@@ -24,7 +24,7 @@ from kvkeep.events import Counters
 from kvkeep.keys import BlockKey
 from kvkeep.layout import KVLayout
 from kvkeep.opening import codec_named
-from kvkeep.stores import disk
+from kvkeep.stores import disk, slabs
 from kvkeep.stores.disk import DiskStore
 from kvkeep.testing.stores import key, value
 from kvkeep.tier import Tier
@@ -237,7 +237,7 @@ def test_one_store_that_cannot_be_opened_in_a_child_leaves_the_others(tmp_path: 
 
 
 def record(op: int, page: int, nbytes: int, block: BlockKey) -> bytes:
-    return disk._pack(op, page, nbytes, 1, block)
+    return slabs.pack_record(op, page, nbytes, 1, block)
 
 
 def test_a_log_of_a_terabyte(tmp_path: Path) -> None:
@@ -381,7 +381,7 @@ def test_a_codec_that_is_not_installed_here_deletes_nothing_on_a_server(cache: k
 
 
 def test_records_are_64_bytes() -> None:
-    assert len(record(1, 0, 1, key(1))) == disk.RECORD_NBYTES == struct.calcsize("<B3xII4xQ32s8s")
+    assert len(record(1, 0, 1, key(1))) == slabs.RECORD.size == struct.calcsize("<B3xII4xQ32s8s")
 
 
 def test_the_index_of_values_does_not_grow_with_memory(tmp_path: Path) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvkeep.buffers import Buffer
 from kvkeep.errors import StoreError, StoreFullError
 from kvkeep.keys import BlockKey
+from kvkeep.stores import slabs
 from kvkeep.stores.base import Store
 from kvkeep.stores.disk import DiskStore
 from kvkeep.stores.memory import MemoryStore
@@ -67,6 +72,80 @@ class TestDisk(PersistentSuite, BoundedStoreSuite):
     def make(self, path: Path, capacity: int | None) -> Store:
         assert capacity is not None
         return DiskStore(path / "cache", capacity=capacity)
+
+
+class TestDiskPastThePageCache(PersistentSuite, BoundedStoreSuite):
+    """Every run is asked for, however short, and nothing is found in the page cache."""
+
+    capacity = 1 << 20
+
+    @pytest.fixture(autouse=True)
+    def cold(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(slabs, "DIRECT_NBYTES", 1)
+        monkeypatch.setattr(slabs, "cached_nbytes", lambda fd, offset, nbytes: 0)
+
+    def make(self, path: Path, capacity: int | None) -> Store:
+        assert capacity is not None
+        return DiskStore(path / "cache", capacity=capacity, direct=True)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_what_lies_in_memory_above_leaves_the_page_cache_alone(tmp_path: Path, direct: bool) -> None:
+    data = random.Random(1).randbytes(1 << 20)
+    store = DiskStore(tmp_path / "cache", capacity=8 << 20, direct=direct)
+    store.put(key(1), [data])
+    with (tmp_path / "cache" / "slab-000000.data").open("rb") as file:
+        try:
+            assert slabs.cached_nbytes(file.fileno(), 0, len(data)) == len(data)
+        except OSError:
+            pytest.skip("this system does not tell what its page cache holds")
+        assert store.get(key(1)) == data  # from there
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if slabs.cached_nbytes(file.fileno(), 0, len(data)):
+            pytest.skip("a file system that forgets nothing")
+        assert store.get(key(1)) == data
+        assert slabs.cached_nbytes(file.fileno(), 0, len(data)) == (
+            0 if direct and slabs_read_directly(store) else 1 << 20
+        )
+    store.close()
+
+
+def slabs_read_directly(store: DiskStore) -> bool:
+    """False where the file system turned out not to."""
+    return all(slab.direct for slab in store._slabs.values())
+
+
+@pytest.mark.parametrize("missing", ["cachestat", "O_DIRECT"])
+def test_a_system_that_cannot_read_past_its_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    def refuse(*args: Any) -> int:
+        raise OSError(errno.ENOSYS, "not here")
+
+    monkeypatch.setattr(slabs, "cached_nbytes", refuse if missing == "cachestat" else lambda *args: 0)
+    if missing == "O_DIRECT":
+        monkeypatch.setattr(slabs.Slab, "_open_direct_fd", refuse)
+    data = random.Random(2).randbytes(1 << 20)
+    store = DiskStore(tmp_path / "cache", capacity=8 << 20, direct=True)
+    store.put(key(1), [data])
+    assert store.get(key(1)) == data
+    assert not slabs_read_directly(store)
+    store.prefetch([key(1)])
+    assert store.get(key(1)) == data
+    store.close()
+
+
+def test_a_file_that_was_cut_is_no_stale_bytes_past_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slabs, "cached_nbytes", lambda *args: 0)
+    store = DiskStore(tmp_path / "cache", capacity=8 << 20, direct=True)
+    store.put(key(1), [b"x" * (1 << 20)])
+    assert store.get(key(1)) == b"x" * (1 << 20)  # the pool's buffer is full of them now
+    os.truncate(tmp_path / "cache" / "slab-000000.data", 10_000)
+    assert store.get(key(1)) == b"x" * 10_000 + bytes((1 << 20) - 10_000)
+    store.close()
 
 
 class TestFaultyButWell(StoreSuite):

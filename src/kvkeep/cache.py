@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 SAVE_SECONDS = 3.0
 """That a save waits at most for writes before it, where the caller says nothing else."""
 
+PROMOTE_AFTER_SECONDS = 1.0
+"""After a load, until what it found below memory is copied there: the rest of the prompt is computed first."""
+
 
 class KVSink(Protocol):
     """Takes blocks into an engine."""
@@ -215,7 +218,10 @@ class KVCache(ValueFace):
         for index, payload in self.store.blocks(match.keys, match.places, layout):
             sink.write(index, payload)
             done = index + 1
-        self.store.promote(match.keys[:done], match.places[:done], layout, time.time(), priority=self.priority)
+        now, priority = time.time(), self.priority
+        self.store.promote(
+            match.keys[:done], match.places[:done], layout, now, priority=priority, after=PROMOTE_AFTER_SECONDS
+        )
         return done * layout.block_tokens
 
     def save(

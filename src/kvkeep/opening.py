@@ -145,7 +145,7 @@ def open(
     if disk_nbytes and path is not None:
         directory = Path(path).expanduser()
         with _no_collector():
-            tiers.append(tier("disk", DiskStore(directory, capacity=disk_nbytes)))
+            tiers.append(tier("disk", DiskStore(directory, capacity=disk_nbytes, direct=bool(memory_nbytes))))
     if remote is not None:
         tiers.append(tier("remote", open_store(remote, ttl=_seconds(_of(ttl, "remote", None))), owned=False))
     # Half of memory at most waits to be written: the rest must stay evictable, or a save would find no room. Without a

@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -150,7 +150,9 @@ class TieredStore:
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="kvkeep-read")  # makes threads when needed
         self._openers = ThreadPoolExecutor(OPENERS, thread_name_prefix="kvkeep-open")
         self._queue: deque[_Write] = deque()
-        self._queued = 0  # bytes of the queue, and of what is being written
+        self._later: deque[tuple[float, _Write]] = deque()  # not before that time, unless somebody waits for the queue
+        self._hurry = 0
+        self._queued = 0  # bytes of both, and of what is being written
         self._writing = False
         self._batches = 0  # that left the queue
         self._stuck = False  # somebody waited for room in vain, and none has left since
@@ -432,25 +434,49 @@ class TieredStore:
         return [bytes(head), stored]
 
     def promote(
-        self, keys: Sequence[BlockKey], places: Sequence[Tier], layout: KVLayout, now: float, *, priority: int = 0
+        self,
+        keys: Sequence[BlockKey],
+        places: Sequence[Tier],
+        layout: KVLayout,
+        now: float,
+        *,
+        priority: int = 0,
+        after: float = 0.0,
     ) -> None:
-        """Copy what lies below into the first tier, in the background."""
+        """Copy what lies below into the first tier, in the background, ``after`` seconds from now."""
         first = self.tiers[0]
         for at, (key, tier) in enumerate(zip(keys, places, strict=False)):
             if tier is not first:
                 tier.pin([key])
                 access = Access(now, at, len(keys), len(keys), keys[at - 1] if at else None, priority)
-                self._enqueue(_Write(key, layout, layout.block_nbytes, tier, first, access))
+                self._enqueue(_Write(key, layout, layout.block_nbytes, tier, first, access), after)
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until the queue is written; was it, in time?"""
+        with self._hurrying():
+            return self._wake.wait_for(lambda: not (self._queue or self._later or self._writing), timeout)
+
+    @contextmanager
+    def _hurrying(self) -> Iterator[None]:
+        """Under the lock: somebody waits, so nothing is put off."""
         with self._wake:
-            return self._wake.wait_for(lambda: not self._queue and not self._writing, timeout)
+            self._hurry += 1
+            self._wake.notify_all()
+            try:
+                yield
+            finally:
+                self._hurry -= 1
 
     def close(self, timeout: float | None = 60.0) -> None:
         """Write the queue, stop the thread, close the stores."""
         if self._closed:
             return
+        with self._wake:
+            unread = [write for _, write in self._later]  # nobody will read them from the first tier
+            self._later.clear()
+            self._queued -= sum(write.nbytes for write in unread)
+        for write in unread:
+            write.source.unpin([write.key])
         if self._thread is not None:
             self.flush(timeout)
         with self._wake:
@@ -483,7 +509,7 @@ class TieredStore:
         """The thread ended, perhaps by an error that nobody foresaw: another one takes over what is queued."""
         with self._wake:
             self._thread = None
-            again = bool(self._queue) and not self._closed
+            again = bool(self._queue or self._later) and not self._closed
         if again:
             self.start()
 
@@ -493,13 +519,13 @@ class TieredStore:
         def room() -> bool:
             return self._closed or not self._queued or self._queued + nbytes <= self.queue_nbytes
 
-        with self._wake:
+        with self._hurrying():
             seconds, before = deadline - time.monotonic(), self._batches
             if room() or self._stuck or seconds <= 0:
                 return
             self._stuck = not self._wake.wait_for(room, seconds) and self._batches == before
 
-    def _enqueue(self, write: _Write) -> None:
+    def _enqueue(self, write: _Write, after: float = 0.0) -> None:
         self.start()
         with self._wake:
             # A block that is larger than all of the queue may still wait there alone.
@@ -507,18 +533,30 @@ class TieredStore:
                 full = True
             else:
                 full = False
-                self._queue.append(write)
+                if after:
+                    self._later.append((time.monotonic() + after, write))
+                else:
+                    self._queue.append(write)
                 self._queued += write.nbytes
                 self._wake.notify_all()
         if full:
             write.source.unpin([write.key])
             self._observer.event("dropped", nbytes=write.nbytes, tier=write.target.name, cause="queue full")
 
+    def _take_due(self) -> bool:
+        """Put what need not wait any longer into the queue; is there anything in it?"""
+        now = time.monotonic()
+        while self._later and (self._hurry or self._later[0][0] <= now):
+            self._queue.append(self._later.popleft()[1])
+        return bool(self._queue)
+
     def step(self) -> bool:
         """Write the next few blocks, or wait a second and do the housekeeping; False once closed."""
         with self._wake:
-            if not self._queue and not self._closed:
-                self._wake.wait(IDLE_SECONDS)
+            if not self._take_due() and not self._closed:
+                due = self._later[0][0] - time.monotonic() if self._later else IDLE_SECONDS
+                self._wake.wait(min(IDLE_SECONDS, max(0.0, due)))
+                self._take_due()
             batch: list[_Write] = []
             while self._queue and sum(write.nbytes for write in batch) < BATCH_NBYTES:
                 if batch and (self._queue[0].source, self._queue[0].target) != (batch[0].source, batch[0].target):
@@ -593,7 +631,7 @@ class TieredStore:
         codec = header.codec
         if codec != target.codec.name and (codec == "raw" or self._codec_of(codec).lossless):
             if codec != "raw":
-                room = memoryview(bytearray(layout.block_nbytes))
+                room = rooms.enter_context(self._pool.borrow(layout.block_nbytes))
                 self._decode(codec, payload, layout, room)
                 stored = room
             encoded = _encoded(target.codec, stored, layout, write.access)

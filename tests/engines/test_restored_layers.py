@@ -6,7 +6,9 @@ import copy
 import gc
 import pickle
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 import kvkeep
 from kvkeep.engines.transformers import attach
 from kvkeep.engines.transformers.attachment import ROOM
-from kvkeep.engines.transformers.staging import STAGING_KEPT, RestoredLayer, Staging
+from kvkeep.engines.transformers.staging import STAGING_KEPT, RestoredLayer, Staging, _Region
 
 
 @pytest.fixture(autouse=True)
@@ -179,3 +181,40 @@ def test_a_system_without_another_thread(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     assert Staging().borrow(32 << 20).nbytes == 32 << 20
+
+
+def test_memory_is_touched_before_anybody_asks() -> None:
+    staging = Staging()
+    staging.prepare(40 << 20)
+    region = staging._kept[0]
+    deadline = time.monotonic() + 20
+    while region.touched < 40 << 20:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    lent = staging.borrow(30 << 20)
+    assert lent.ctypes.data == np.frombuffer(region.memory, np.uint8).ctypes.data
+    assert staging.borrow(30 << 20).ctypes.data != lent.ctypes.data  # still in use
+
+
+def test_touching_ahead_ends_when_the_memory_is_lent() -> None:
+    region = _Region(64 << 20)
+    region.lent = True
+    region.touch_all()
+    assert region.touched == 0
+
+
+def test_an_attached_model_has_memory_for_what_a_restart_finds(tmp_path: Path) -> None:
+    ids = prompt(100)
+    with kvkeep.open(tmp_path, memory="4MiB", disk="8MiB", block_tokens=16) as cache:
+        model = attach(llama(), cache)
+        assert not attachment_of(model)._staging._kept
+        expected = greedy(model, ids)
+    with kvkeep.open(tmp_path, memory="4MiB", disk="8MiB", block_tokens=16) as cache:
+        model = attach(llama(), cache)
+        (region,) = attachment_of(model)._staging._kept
+        assert torch.equal(greedy(model, ids), expected)
+        assert region.lent
+
+
+def attachment_of(model: Any) -> Any:
+    return model.generate._attachment

@@ -9,8 +9,7 @@ Order of a write: data, then the log record. A reader that meets a slot which wa
 frame in it, or a broken seal: frames are verified by the caller, so that is a miss. Nothing is fsynced: after a power
 cut a torn block is a miss as well.
 
-A log record has 64 bytes: op, page, bytes, stamp (seconds), key, xxh3-64 of all that. A log ends at its first record
-that does not check.
+Slabs, their logs and what is read from them: :mod:`~kvkeep.stores.slabs`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import logging
 import os
 import re
 import stat
-import struct
 import threading
 import time
 from collections import Counter
@@ -28,22 +26,29 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import xxhash
-
 from kvkeep.buffers import PAGE, Buffer, BufferPool, as_bytes, nbytes_of
 from kvkeep.errors import ConfigError, StoreError, StoreFullError, ValueTooLargeError
 from kvkeep.keys import BlockKey
 from kvkeep.stores.base import Item, Owner, Store
 from kvkeep.stores.extents import Extents
+from kvkeep.stores.slabs import (
+    DELETE,
+    PUT,
+    RECORD,
+    Location,
+    Record,
+    Slab,
+    default_slab_nbytes,
+    footprint,
+    pages_of,
+    read_places,
+)
 
-_RECORD = struct.Struct("<B3xII4xQ32s8s")
-RECORD_NBYTES = _RECORD.size
-_PUT, _DELETE, _HEAD = 1, 2, 3
-_HEAD_KEY = b"kvkeep slab log, version 1".ljust(32, b"\0")
 _NAME = re.compile(r"slab-(\d{6})\.data")
 LAST_NUMBER = 999_999
 _ZEROS = bytes(PAGE)
-_IOV_MAX = 512  # half of Linux's limit
+MAX_RUN = 128
+"""Values that are placed side by side and written at once."""
 MIN_CAPACITY = 256 << 10
 LOCK_SECONDS = 10.0
 GROW_LOCK_SECONDS = 0.2
@@ -51,35 +56,12 @@ GROW_LOCK_SECONDS = 0.2
 
 log = logging.getLogger("kvkeep")
 
-Location = tuple["_Slab", int, int]
-"""Slab, first page, bytes."""
-
-
-class _Slab:
-    """One data file and its log, as this process sees them."""
-
-    def __init__(self, number: int, data_fd: int, nbytes: int, *, owned: bool) -> None:
-        self.number = number
-        self.data_fd = data_fd
-        self.nbytes = nbytes
-        self.owned = owned
-        self.log_fd = -1
-        self.log_at = 0  # bytes of the log that have been replayed
-        self.live: dict[BlockKey, Location] = {}  # what its log says; the tuples are shared with the store's index
-        self.room = Extents(0)
-        self.busy = 0  # reads and writes under way: its files stay open
-
-    def close(self) -> None:
-        for fd in (self.data_fd, self.log_fd):
-            if fd >= 0:
-                os.close(fd)
-        self.data_fd = self.log_fd = -1
-
 
 class DiskStore(Store):
     """A directory of slabs that never takes more than ``capacity`` bytes, logs included.
 
-    ``read_only``: look, never adopt, write or delete (for tools). ``clock`` stamps the log.
+    ``read_only``: look, never adopt, write or delete (for tools). ``direct``: what is read is kept elsewhere, so it
+    does not go through the page cache unless that holds it already. ``clock`` stamps the log.
     Files are made 0600, the directory 0700. Links, and anything that is not a regular file of this user's, are
     ignored (``read_only`` looks at others' too).
     """
@@ -91,21 +73,23 @@ class DiskStore(Store):
         capacity: int,
         slab_nbytes: int = 0,
         read_only: bool = False,
+        direct: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         if capacity < MIN_CAPACITY and not read_only:
             raise ConfigError(f"a disk store of {capacity} bytes: capacity is at least {MIN_CAPACITY}")
         self.path = Path(path)
         self.capacity = capacity
-        self._slab_nbytes = slab_nbytes or _default_slab_nbytes(capacity)
+        self._slab_nbytes = slab_nbytes or default_slab_nbytes(capacity)
         self._read_only = read_only
+        self._direct = direct
         self._clock = clock
         self._open()
 
     def _open(self) -> None:
         self._pool = BufferPool()
         self._lock = threading.RLock()
-        self._slabs: dict[int, _Slab] = {}
+        self._slabs: dict[int, Slab] = {}
         self._own: dict[BlockKey, Location] = {}
         self._foreign: dict[BlockKey, Location] = {}
         self._reading: Counter[tuple[int, int]] = Counter()  # (slab, page) → reads under way in this process
@@ -159,15 +143,15 @@ class DiskStore(Store):
         with self._lock:
             self._refresh()
             for slab in self._slabs.values():
-                for op, _, _, stamp, key in _records(_read_log(slab)):
-                    if op == _PUT and key in slab.live:
+                for op, _, _, stamp, key in slab.records():
+                    if op == PUT and key in slab.live:
                         stamps[key] = stamp / 1000
         return stamps
 
     @property
     def nbytes_on_disk(self) -> int:
         """Bytes that the directory's slabs may take, whoever made them: what the budget bounds."""
-        return sum(_footprint(size) for _, size in self._files())
+        return sum(footprint(size) for _, size in self._files())
 
     # Reading
 
@@ -201,9 +185,9 @@ class DiskStore(Store):
     def read(self, keys: Sequence[BlockKey]) -> Iterator[list[memoryview | None]]:
         try:
             with self._holding(keys) as places:
-                total = sum(_pages(place[2]) * PAGE for place in places if place is not None)
+                total = sum(pages_of(place[2]) * PAGE for place in places if place is not None)
                 with self._pool.borrow(total) as buffer:
-                    yield _read_places(places, buffer)
+                    yield read_places(places, buffer)
         except OSError as error:
             raise StoreError(f"reading {self.path}: {error}") from error
 
@@ -222,10 +206,10 @@ class DiskStore(Store):
                 return
             runs: list[list[int]] = []
             for place in (self._own.get(key) or self._foreign.get(key) for key in keys):
-                if place is None:
+                if place is None or place[0].direct:
                     continue
                 slab, page, nbytes = place
-                start, length = page * PAGE, _pages(nbytes) * PAGE
+                start, length = page * PAGE, pages_of(nbytes) * PAGE
                 if runs and runs[-1][0] == slab.data_fd and runs[-1][1] + runs[-1][2] == start:
                     runs[-1][2] += length
                 else:
@@ -264,14 +248,14 @@ class DiskStore(Store):
             slab, page, nbytes = place
             slab.live.pop(key, None)
             try:
-                self._log(slab, [(_DELETE, page, nbytes, key)])
+                self._log(slab, [(DELETE, page, nbytes, key)])
             except OSError as error:
                 # The room is not given back: a log that still names the key must not point at another's bytes.
                 raise StoreError(f"deleting from {self.path}: {error}") from error
             if (slab.number, page) in self._reading:
-                self._deferred[slab.number, page] = _pages(nbytes)
+                self._deferred[slab.number, page] = pages_of(nbytes)
             else:
-                slab.room.free(page, _pages(nbytes))
+                slab.room.free(page, pages_of(nbytes))
             return True
 
     def attach(self, owner: Owner) -> None:
@@ -314,8 +298,8 @@ class DiskStore(Store):
 
     def _place(self, items: Sequence[Item]) -> list[Location]:
         """Where the first of ``items`` go: side by side as many as fit, at least one, or none if there is no room."""
-        sizes = [nbytes_of(list(parts)) for _, parts in items[: _IOV_MAX // 4]]
-        pages = [_pages(size) for size in sizes]
+        sizes = [nbytes_of(list(parts)) for _, parts in items[:MAX_RUN]]
+        pages = [pages_of(size) for size in sizes]
         with self._lock:
             self._check_open()
             largest = max([self._slab_nbytes, *(slab.nbytes for slab in self._slabs.values() if slab.owned)])
@@ -343,68 +327,47 @@ class DiskStore(Store):
         views: list[memoryview] = []
         for (_, parts), (_, _, nbytes) in zip(items, places, strict=False):
             views += [as_bytes(part) for part in parts]
-            views.append(memoryview(_ZEROS)[: _pages(nbytes) * PAGE - nbytes])
+            views.append(memoryview(_ZEROS)[: pages_of(nbytes) * PAGE - nbytes])
         try:
-            _pwrite_all(slab.data_fd, [view for view in views if len(view)], first * PAGE)
+            slab.write([view for view in views if len(view)], first * PAGE)
             with self._lock:
                 fresh = [(key, place) for (key, _), place in zip(items, places, strict=False) if key not in self._own]
                 fresh = list(dict(reversed(fresh)).items())[::-1]
                 kept = {place[1] for _, place in fresh}
-                self._log(slab, [(_PUT, place[1], place[2], key) for key, place in fresh])
+                self._log(slab, [(PUT, place[1], place[2], key) for key, place in fresh])
                 for key, place in fresh:
                     self._own[key] = place
                     slab.live[key] = place
                 for _, page, nbytes in places:
                     if page not in kept:
-                        slab.room.free(page, _pages(nbytes))
+                        slab.room.free(page, pages_of(nbytes))
         except OSError as error:
             with self._lock:
                 for _, page, nbytes in places:
-                    slab.room.free(page, _pages(nbytes))
+                    slab.room.free(page, pages_of(nbytes))
             raise StoreError(f"writing {self.path}: {error}") from error
         finally:
             with self._lock:
                 self._done(slab)
         return len(places)
 
-    def _log(self, slab: _Slab, records: list[tuple[int, int, int, BlockKey]]) -> None:
+    def _log(self, slab: Slab, records: list[Record]) -> None:
         if not records:
             return
-        if slab.log_at > RECORD_NBYTES * (2 * len(slab.live) + len(records) + 256):
+        if slab.log_is_long(len(records)):
             self._rewrite_log(slab)
-        stamp = int(self._clock() * 1000)
-        data = b"".join(_pack(op, page, nbytes, stamp, key) for op, page, nbytes, key in records)
-        written = os.pwrite(slab.log_fd, data, slab.log_at)
-        if written != len(data):
-            raise OSError(f"{written} of {len(data)} bytes of the log were written")
-        slab.log_at += written
+        slab.append_log(records, self._now())
 
-    def _rewrite_log(self, slab: _Slab) -> None:
-        """The same content without its history, in a new file that replaces the old one at once."""
-        stamps = {key: stamp for op, _, _, stamp, key in _records(_read_log(slab)) if op == _PUT}
-        now = int(self._clock() * 1000)
-        lines = [_pack(_HEAD, 0, 0, now, BlockKey(_HEAD_KEY))]
-        lines += [_pack(_PUT, page, n, stamps.get(key, now), key) for key, (_, page, n) in slab.live.items()]
-        data = b"".join(lines)
-        path = self._log_path(slab.number)
-        temporary = path.with_suffix(".new")
-        temporary.unlink(missing_ok=True)
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            if os.pwrite(fd, data, 0) != len(data):
-                raise OSError("the log was not written whole")
-            os.rename(temporary, path)
-        except OSError:
-            os.close(fd)
-            raise
-        if slab.log_fd >= 0:
-            os.close(slab.log_fd)
-        slab.log_fd, slab.log_at = fd, len(data)
+    def _rewrite_log(self, slab: Slab) -> None:
+        slab.rewrite_log(self._log_path(slab.number), self._now())
 
-    def _take_log(self, slab: _Slab) -> None:
+    def _now(self) -> int:
+        return int(self._clock() * 1000)
+
+    def _take_log(self, slab: Slab) -> None:
         """Go on writing an adopted log where its last writer stopped; anew if it is damaged or mostly history."""
         whole = slab.log_fd >= 0 and os.fstat(slab.log_fd).st_size == slab.log_at > 0
-        if not whole or slab.log_at > RECORD_NBYTES * (2 * len(slab.live) + 256):
+        if not whole or slab.log_is_long():
             self._rewrite_log(slab)
             return
         fd = self._open_file(self._log_path(slab.number), os.O_RDWR)
@@ -481,7 +444,7 @@ class DiskStore(Store):
         nbytes = self._slab_nbytes
         with self._directory_lock(GROW_LOCK_SECONDS):
             files = self._files()
-            if sum(_footprint(size) for _, size in files) + _footprint(nbytes) > (self.capacity or 0):
+            if sum(footprint(size) for _, size in files) + footprint(nbytes) > (self.capacity or 0):
                 return False
             names = [match for name in os.listdir(self.path) if (match := _NAME.fullmatch(name))]
             taken = {int(match[1]) for match in names}  # by links and pipes, too
@@ -493,7 +456,7 @@ class DiskStore(Store):
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.posix_fallocate(fd, 0, nbytes)
-                slab = _Slab(number, fd, nbytes, owned=True)
+                slab = Slab(number, fd, nbytes, owned=True, direct=self._direct)
                 slab.room = Extents(nbytes // PAGE)
                 self._rewrite_log(slab)
             except OSError:
@@ -517,7 +480,7 @@ class DiskStore(Store):
         self._stamps = None
         self._own = dict(sorted(self._own.items(), key=lambda item: order.get(item[0], 0)))
 
-    def _adopt(self, slab: _Slab) -> bool:
+    def _adopt(self, slab: Slab) -> bool:
         """Become the writer of ``slab`` if nobody is."""
         if slab.owned or slab.busy:
             return False
@@ -534,15 +497,15 @@ class DiskStore(Store):
             live: dict[BlockKey, Location] = {}
             for key, place in sorted(slab.live.items(), key=lambda item: item[1][1:]):
                 _, page, nbytes = place
-                units = _pages(nbytes)
+                units = pages_of(nbytes)
                 if taken and sum(taken[-1]) > page:
                     continue  # two records claim one place, so the log is not to be believed here
                 taken.append((page, units))
                 live[key] = place
             for key in slab.live:
                 self._foreign.pop(key, None)
-            os.close(slab.data_fd)
-            slab.data_fd, slab.owned, slab.live = fd, True, live
+            slab.reopened(fd)
+            slab.owned, slab.live = True, live
             slab.room = Extents.around(slab.nbytes // PAGE, taken)
             self._take_log(slab)
         except OSError:
@@ -558,14 +521,14 @@ class DiskStore(Store):
             self._owner.gained(gained)
         return True
 
-    def _release(self, slab: _Slab) -> None:
+    def _release(self, slab: Slab) -> None:
         """Stop writing to ``slab``; go on reading from it."""
         lost = [key for key, place in self._own.items() if place[0] is slab]
         for key in lost:
             self._foreign[key] = self._own.pop(key)
         reading = self._open_file(self._data_path(slab.number), os.O_RDONLY)
-        os.close(slab.data_fd)  # gives up the lock
-        slab.data_fd, slab.owned = reading, False
+        slab.reopened(reading)  # gives up the lock
+        slab.owned = False
         if self._owner is not None:
             self._owner.lost(lost)
 
@@ -585,7 +548,7 @@ class DiskStore(Store):
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     self._data_path(number).unlink(missing_ok=True)
                     self._log_path(number).unlink(missing_ok=True)
-                    total -= _footprint(size)
+                    total -= footprint(size)
                 except BlockingIOError:
                     continue
                 finally:
@@ -610,10 +573,10 @@ class DiskStore(Store):
                 fd = self._open_file(self._data_path(number), os.O_RDONLY)
             except OSError:
                 continue  # gone, or not ours to read: a miss
-            slab = self._slabs[number] = _Slab(number, fd, size, owned=False)
+            slab = self._slabs[number] = Slab(number, fd, size, owned=False, direct=self._direct)
             self._replay(slab)
 
-    def _forget(self, slab: _Slab) -> None:
+    def _forget(self, slab: Slab) -> None:
         for key in slab.live:
             place = self._foreign.get(key)
             if place is not None and place[0] is slab:
@@ -633,7 +596,7 @@ class DiskStore(Store):
         except OSError as error:
             raise StoreError(f"reading the logs of {self.path}: {error}") from error
 
-    def _replay(self, slab: _Slab) -> None:
+    def _replay(self, slab: Slab) -> None:
         """Read on in another's log; from the start if it was replaced."""
         if slab.log_fd < 0 or os.fstat(slab.log_fd).st_nlink == 0:
             if slab.log_fd >= 0:
@@ -648,15 +611,14 @@ class DiskStore(Store):
                 slab.log_fd = self._open_file(self._log_path(slab.number), os.O_RDONLY)
             except OSError:
                 return
-        data = _read_log(slab, slab.log_at)
         pages = slab.nbytes // PAGE
-        for op, page, nbytes, stamp, key in _records(data):
-            slab.log_at += RECORD_NBYTES
-            if op == _PUT and page + _pages(nbytes) <= pages:
+        for op, page, nbytes, stamp, key in slab.records(slab.log_at):
+            slab.log_at += RECORD.size
+            if op == PUT and page + pages_of(nbytes) <= pages:
                 slab.live[key] = self._foreign[key] = (slab, page, nbytes)
                 if self._stamps is not None:
                     self._stamps[key] = stamp
-            elif op == _DELETE:
+            elif op == DELETE:
                 slab.live.pop(key, None)
                 if self._foreign.get(key, (None,))[0] is slab:
                     del self._foreign[key]
@@ -672,7 +634,7 @@ class DiskStore(Store):
                 slab.room.free(page, units)
         self._done(slab)
 
-    def _done(self, slab: _Slab) -> None:
+    def _done(self, slab: Slab) -> None:
         slab.busy -= 1
         if self._closed and not slab.busy:
             slab.close()
@@ -691,97 +653,11 @@ def make_directory(path: Path) -> None:
         path.mkdir(mode=0o700, exist_ok=True)
 
 
-def _default_slab_nbytes(capacity: int) -> int:
-    """A sixteenth of the budget, 4 to 256 MiB; in a small budget, what fits twice."""
-    wanted = min(max(capacity // 16, 4 << 20), 256 << 20)
-    if _footprint(wanted) > capacity // 2:
-        wanted = (capacity // 2 - (80 << 10)) * 15 // 16
-    return max(wanted // PAGE * PAGE, PAGE)
-
-
-def _footprint(nbytes: int) -> int:
-    """Bytes that a slab of ``nbytes`` takes at most: data, and its log twice over (while it is being rewritten)."""
-    return nbytes + nbytes // 16 + (72 << 10)
-
-
-def _pages(nbytes: int) -> int:
-    """Pages that a value takes: at least one, so that every value has a place of its own."""
-    return (nbytes + PAGE - 1) // PAGE or 1
-
-
-def _pack(op: int, page: int, nbytes: int, stamp: int, key: BlockKey) -> bytes:
-    body = _RECORD.pack(op, page, nbytes, stamp, key, b"")[:-8]
-    return body + xxhash.xxh3_64_digest(body)
-
-
-def _records(data: bytes) -> Iterator[tuple[int, int, int, int, BlockKey]]:
-    """Op, page, bytes, stamp and key of each record, up to the first that does not check."""
-    digest = xxhash.xxh3_64_digest
-    whole = memoryview(data)[: len(data) // RECORD_NBYTES * RECORD_NBYTES]
-    for at, (op, page, nbytes, stamp, key, check) in enumerate(_RECORD.iter_unpack(whole)):
-        if digest(whole[at * RECORD_NBYTES : (at + 1) * RECORD_NBYTES - 8]) != check:
-            return
-        yield op, page, nbytes, stamp, key
-
-
-def _read_log(slab: _Slab, start: int = 0) -> bytes:
-    """The slab's log from ``start`` on, no more of it than one can be long: who can write to it may have made it so."""
-    if slab.log_fd < 0:
-        return b""
-    size = min(os.fstat(slab.log_fd).st_size, _footprint(slab.nbytes) - slab.nbytes)
-    return os.pread(slab.log_fd, size - start, start) if size > start else b""
-
-
 def _disjoint(keys: Sequence[BlockKey], places: Sequence[Location | None]) -> list[Location | None]:
     """Without those of slabs whose values, read at once, would be more than the slab: their log is not to be believed.
     What is read is then bounded, whatever a log says. A key that is asked for twice counts once."""
     pages: Counter[int] = Counter()
     for place in dict(zip(keys, places, strict=True)).values():
         if place is not None:
-            pages[place[0].number] += _pages(place[2])
+            pages[place[0].number] += pages_of(place[2])
     return [None if at is None or pages[at[0].number] > at[0].nbytes // PAGE else at for at in places]
-
-
-def _read_places(places: Sequence[Location | None], buffer: memoryview) -> list[memoryview | None]:
-    """Read what lies side by side with one call; a short read leaves ``None``."""
-    views: list[memoryview | None] = []
-    runs: list[tuple[int, int, int, int]] = []  # fd, offset in the file, offset in the buffer, bytes
-    at = 0
-    for place in places:
-        if place is None:
-            views.append(None)
-            continue
-        slab, page, nbytes = place
-        length = _pages(nbytes) * PAGE
-        views.append(buffer[at : at + nbytes].toreadonly())
-        if runs and runs[-1][0] == slab.data_fd and runs[-1][1] + runs[-1][3] == page * PAGE:
-            fd, start, where, before = runs[-1]
-            runs[-1] = (fd, start, where, before + length)
-        else:
-            runs.append((slab.data_fd, page * PAGE, at, length))
-        at += length
-    got = 0
-    for fd, start, where, length in runs:
-        got = where
-        while got < where + length:
-            count = os.preadv(fd, [buffer[got : where + length]], start + got - where)
-            if count == 0:
-                # A short file. Stale bytes of the pool must not pass for content.
-                buffer[got : where + length] = bytes(where + length - got)
-                break
-            got += count
-    return views
-
-
-def _pwrite_all(fd: int, views: list[memoryview], offset: int) -> None:
-    while views:
-        batch = views[:_IOV_MAX]
-        written = os.pwritev(fd, batch, offset)
-        if written <= 0:
-            raise OSError("nothing was written")
-        offset += written
-        while views and written >= len(views[0]):
-            written -= len(views[0])
-            views = views[1:]
-        if written:
-            views = [views[0][written:], *views[1:]]

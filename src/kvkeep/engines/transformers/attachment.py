@@ -28,7 +28,7 @@ from kvkeep.engines.transformers.checks import (
     rope_limit,
 )
 from kvkeep.engines.transformers.identity import describe, samples_of, state_of
-from kvkeep.engines.transformers.staging import RestoredLayer, Staging, carve, keep_freed_memory, stacked
+from kvkeep.engines.transformers.staging import STAGING_AHEAD, RestoredLayer, Staging, carve, keep_freed_memory, stacked
 from kvkeep.errors import ConfigError, KVKeepError
 from kvkeep.layout import DTYPES, KVLayout, LayerGroup
 
@@ -101,11 +101,21 @@ class Attachment:
 
     def install(self) -> None:
         keep_freed_memory()
+        self._prepare_staging()
         self.model.generate = Generate(self)
         self._handles = [
             self.model.register_forward_pre_hook(self.before, with_kwargs=True),
             self.model.register_forward_hook(self.after, with_kwargs=True),
         ]
+
+    def _prepare_staging(self) -> None:
+        """Memory for the first prompt that is found; nothing where nothing is stored yet."""
+        layout = self._bound[1]
+        stored = sum(tier.nbytes for tier in self.cache.stats().tiers)
+        longest = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if layout is not None and stored and longest:
+            token = layout.token_nbytes
+            self._staging.prepare(min((longest + ROOM) * token, 2 * (stored + ROOM * token), STAGING_AHEAD))
 
     def remove(self) -> None:
         for handle in self._handles:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,44 +23,77 @@ from kvkeep.layout import Array, KVLayout
 STAGING_KEPT = 1 << 30
 """Bytes of touched memory that an attached model keeps between calls to restore into; more than that is given back."""
 
-_STEP = 16 << 20
-"""Bytes that are touched at a time, and of memory whose pages are worth a thread."""
+STAGING_AHEAD = 512 << 20
+"""Bytes at most that are touched when a model is attached, before anybody asks."""
+
+WORTH_A_THREAD = 16 << 20
+"""Bytes of memory whose pages are worth one that touches them beside a load."""
+
+_STEP = 4 << 20
+"""Bytes that are touched at a time: other threads that want memory of their own wait for that long."""
 
 _FREED_AT_MOST = 32 << 20  # glibc's DEFAULT_MMAP_THRESHOLD_MAX
+
+
+class _Region:
+    """Memory whose first ``touched`` bytes have been faulted in."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.memory = anonymous(nbytes)
+        self.touched = 0
+        self.lent = False
+
+    def touch_all(self) -> None:
+        while self.touched < self.memory.nbytes and not self.lent and self._touch(self.touched, self.memory.nbytes):
+            self.touched += _STEP
+
+    def touch_before(self, end: int) -> None:
+        """Beside a load, from the other end on: its first block alone touches nearly every huge page."""
+        start = (end - 1) // _STEP * _STEP
+        while start >= self.touched and self._touch(start, end):
+            start -= _STEP
+
+    def _touch(self, start: int, end: int) -> bool:
+        return populate(self.memory, start, min(_STEP, end - start))
 
 
 class Staging:
     """Memory for one restored prefix at a time, kept touched in between. Thread-safe."""
 
     def __init__(self) -> None:
-        self._kept: deque[memoryview] = deque(maxlen=1)
+        self._kept: deque[_Region] = deque(maxlen=1)
+
+    def prepare(self, nbytes: int) -> None:
+        """Touch that much in the background, so that the first prefix to be restored need not wait for pages."""
+        region = _Region(nbytes)
+        self._kept.append(region)
+        _start(region.touch_all)
 
     def borrow(self, nbytes: int) -> Array:
         """``nbytes`` of undefined content, lent for as long as a view of them is alive."""
         try:
-            memory = self._kept.pop()
+            region = self._kept.pop()
         except IndexError:
-            memory = None
-        if memory is None or memory.nbytes < nbytes:
-            memory = anonymous(nbytes + nbytes // 4)  # the next turn of a chat needs a little more
-            if nbytes >= _STEP:
-                with suppress(RuntimeError):  # no more threads: the load touches it all the same
-                    threading.Thread(target=_touch, args=(memory, nbytes), name="kvkeep-touch", daemon=True).start()
-        lent = np.frombuffer(memory, np.uint8, nbytes)
-        weakref.finalize(lent, self._back, memory).atexit = False
+            region = None
+        if region is None or region.memory.nbytes < nbytes:
+            region = _Region(nbytes + nbytes // 4)  # the next turn of a chat needs a little more
+        region.lent = True
+        if nbytes - region.touched >= WORTH_A_THREAD:
+            _start(partial(region.touch_before, nbytes))
+        lent = np.frombuffer(region.memory, np.uint8, nbytes)
+        weakref.finalize(lent, self._back, region, nbytes).atexit = False
         return lent
 
-    def _back(self, memory: memoryview) -> None:
+    def _back(self, region: _Region, nbytes: int) -> None:
         """No lock, since the garbage collector may call this at any time."""
-        if memory.nbytes <= STAGING_KEPT:
-            self._kept.append(memory)
+        if region.memory.nbytes <= STAGING_KEPT:
+            region.touched = max(region.touched, nbytes)
+            self._kept.append(region)
 
 
-def _touch(memory: memoryview, nbytes: int) -> None:
-    """Fault pages in beside the load, from the other end on: its first block alone touches nearly every huge page."""
-    for start in range((nbytes - 1) // _STEP * _STEP, -1, -_STEP):
-        if not populate(memory, start, min(_STEP, nbytes - start)):
-            return
+def _start(work: Callable[[], None]) -> None:
+    with suppress(RuntimeError):  # no more threads: who writes there touches it all the same
+        threading.Thread(target=work, name="kvkeep-touch", daemon=True).start()
 
 
 class RestoredLayer(DynamicLayer):
