@@ -116,7 +116,9 @@ def main() -> None:
                 for at in range(COUNT):
                     other[at] = rows[at].tobytes()
                 row("disk load, cold", "diskcache", lambda: [other[at] for at in range(COUNT)], drop_page_cache)
-            reopen()
+            caches[0].close()
+            # Without a memory tier, so that what is read goes through the page cache and stays there.
+            caches[:] = [kvkeep.open(folder / "kvkeep", memory=0, disk="1GiB", codec="raw").bind(LAYOUT)]
             load(caches[0])
             row("disk load, warm", "memcpy, all at once", lambda: np.copyto(out, rows))
             row("disk load, warm", "kvkeep slabs", lambda: load(caches[0]))
