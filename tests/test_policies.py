@@ -17,6 +17,7 @@ from kvkeep.policies.hazard import Hazard
 from kvkeep.policies.lfu import LFU
 from kvkeep.policies.lru import LRU
 from kvkeep.policies.sieve import SIEVE
+from kvkeep.policies.survival import Survival, bin_of
 from kvkeep.testing.policies import PolicySuite, Replay, key
 
 CLASSES: list[type[EvictionPolicy]] = [
@@ -177,3 +178,47 @@ def test_what_waits_for_its_time_goes_only_for_something_clearly_better() -> Non
     policy._survival.usual = 10.0
     assert not policy.admit(key(1), 1, Access(2.0))
     assert policy.admit(key(2), 1, Access(20.0))
+
+
+def _watch(survival: Survival, kind: int, turns: int, reused: int, age: float = 50.0) -> None:
+    """``reused`` of ``turns`` are used again at ``age``, the others not for long."""
+    for number in range(turns):
+        until = age if number < reused else 1e4
+        for at in range(bin_of(until)):
+            survival.wait(kind, at, 1.0)
+        if number < reused:
+            survival.reuse(kind, age, 1.0)
+
+
+def test_a_class_that_was_never_seen_is_judged_by_its_features() -> None:
+    """Classes 0 to 3 are (0, 0), (0, 1), (1, 0) and (1, 1)."""
+    survival = Survival(2, 2)
+    _watch(survival, 0, 400, 40)
+    _watch(survival, 1, 400, 160)
+    _watch(survival, 2, 400, 160)
+    for _ in range(20):
+        survival.refresh()
+    worth = [row[0] for row in survival.index]
+    assert worth[0] < worth[1] < worth[3]
+    assert worth[0] < worth[2] < worth[3]
+
+
+def test_the_last_feature_has_its_own_times() -> None:
+    """Two values of it, reused as often, but one late: whatever the other feature."""
+    survival = Survival(2, 2)
+    _watch(survival, 0, 400, 200, 5.0)
+    _watch(survival, 1, 400, 200, 150.0)
+    for _ in range(20):
+        survival.refresh()
+    early, late = survival.index[2], survival.index[3]
+    assert early[0] > late[0]
+    assert early[bin_of(120.0)] < late[bin_of(120.0)]
+
+
+def test_what_is_never_used_again_stays_finite() -> None:
+    """However long nothing happens, and however long it goes on."""
+    survival = Survival(3, 2)
+    for _ in range(2000):
+        _watch(survival, 4, 20, 0)
+        survival.refresh()
+    assert all(0 < worth < 1 for row in survival.index for worth in row)

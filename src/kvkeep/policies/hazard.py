@@ -28,7 +28,7 @@ NEW_BLOCKS = 1, 3, 8
 LENGTHS = 2, 8, 40
 """… and at the first turn by its length in blocks, later by how long the last turns took, in seconds."""
 GAPS = 8.0, 25.0, 70.0, 200.0
-MEMBERS = (len(NEW_BLOCKS) + 1) * (len(LENGTHS) + 1 + len(GAPS) + 1)
+FEATURES = len(TURNS) + 1, len(NEW_BLOCKS) + 1, len(LENGTHS) + 1 + len(GAPS) + 1
 REFRESH = 20
 """Requests after which there is enough news to compute the index again."""
 NEWCOMER = 0.75
@@ -78,7 +78,7 @@ class Hazard(EvictionPolicy):
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._survival = Survival(len(TURNS) + 1, MEMBERS)
+        self._survival = Survival(*FEATURES)
         self._blocks: dict[BlockKey, _Block] = {}
         self._children: dict[BlockKey, int] = {}  # how many resident ones a block has
         self._leaves: dict[int, list[_Leaf]] = {}
@@ -299,8 +299,8 @@ class Hazard(EvictionPolicy):
     @staticmethod
     def _kind(turn: _Turn, new_blocks: int) -> int:
         last = bisect_right(LENGTHS, turn.blocks) if turn.gap < 0 else len(LENGTHS) + 1 + bisect_right(GAPS, turn.gap)
-        member = bisect_right(NEW_BLOCKS, new_blocks) * (len(LENGTHS) + 1 + len(GAPS) + 1) + last
-        return bisect_right(TURNS, turn.turns) * MEMBERS + member
+        _, of_new, of_last = FEATURES
+        return (bisect_right(TURNS, turn.turns) * of_new + bisect_right(NEW_BLOCKS, new_blocks)) * of_last + last
 
     def _haunt(self, turn: _Turn, key: BlockKey) -> None:
         """Remember the first block of ``turn`` that is not resident: whoever extends it will ask for that one."""

@@ -1,21 +1,32 @@
 """A part of the hazard policy: when are blocks of a class used again, and what is it worth to wait for it?
 
-For each class, decayed counts of reuses and of time waited by age. Classes with few observations lean on their family,
-and that on all. What comes out is the Gittins index (J. C. Gittins, "Bandit processes and dynamic allocation indices",
-1979): of all times to give up at, the best ratio of the chance of a reuse until then to the time held until then.
+For each class, decayed counts of reuses and of time waited by age. A class is a combination of features, and most are
+seldom seen. So what is expected of one is what all do, times a factor for each of its features (learned from all
+classes that share it; the last feature also shifts the age); only what is seen of the class beyond that is its own.
+What comes out is the Gittins index (J. C. Gittins, "Bandit processes and dynamic allocation indices", 1979): of all
+times to give up at, the best ratio of the chance of a reuse until then to the time held until then.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
+
+_Array = npt.NDArray[Any]
 
 BINS = 24
 FACTOR = 1.5
 EDGES = (0.0, *(FACTOR**k for k in range(BINS)))
 """Seconds at which the age bins begin; the last one has no end."""
-CLASS_PRIOR = 20.0
-"""Reuses that a class needs before it is believed as much as its family."""
-BIN_PRIOR = 5.0
+FEATURE_PRIOR = 20.0
+"""Reuses that a feature needs before its factor is believed as much as that it makes no difference …"""
+CLASS_PRIOR = 100.0
+"""… and a class, before it is believed as much as its features …"""
+BIN_PRIOR = 40.0
+"""… and a class's age bin, as much as the class."""
 DECAY = 0.998
 """At each refresh: half is forgotten after 350 of them. Faster, and classes are judged by too few turns."""
 GUARD = 0.95
@@ -38,13 +49,19 @@ def bin_of(age: float) -> int:
 
 
 class Survival:
-    """``families`` × ``members`` classes, numbered family by family."""
+    """Classes by ``features``: how many values each has. They are numbered with the last one running fastest."""
 
-    def __init__(self, families: int, members: int) -> None:
-        self._shape = families, members
-        self._reuses = [[0.0] * BINS for _ in range(families * members)]
-        self._waited = [[0.0] * BINS for _ in range(families * members)]
-        self.index: list[list[float]] = [[1.0] * BINS for _ in range(families * members)]
+    def __init__(self, *features: int) -> None:
+        self._shape = (*features, BINS)
+        count = math.prod(features)
+        self._reuses = [[0.0] * BINS for _ in range(count)]
+        self._waited = [[0.0] * BINS for _ in range(count)]
+        # One array a feature, and one of the last by age. Each has the axes of all, of length 1 but for its own.
+        axes = [{axis} for axis in range(len(features))] + [{len(features) - 1, len(features)}]
+        self._factors: list[_Array] = [
+            np.ones([values if axis in own else 1 for axis, values in enumerate(self._shape)]) for own in axes
+        ]
+        self.index: list[list[float]] = [[1.0] * BINS for _ in range(count)]
         self.guard = float("inf")
         self.usual = 0.0
 
@@ -68,12 +85,7 @@ class Survival:
             half, last = (int(at) for at in np.searchsorted(np.cumsum(all_reuses), (0.5 * total, GUARD * total)))
             self.usual = EDGES[min(half + 1, BINS)]
             self.guard = EDGES[last + 1] if last + 1 < len(EDGES) else float("inf")
-        # How much more often than all, first the family, then the class; then bin by bin.
-        seen, expected = reuses.sum(1), (waited * hazard).sum(1)
-        family_seen, family_expected = (row.reshape(self._shape).sum(1) for row in (seen, expected))
-        family = np.repeat((family_seen + CLASS_PRIOR) / (family_expected + CLASS_PRIOR), self._shape[1])
-        ratio = (seen + CLASS_PRIOR * family) / (expected + CLASS_PRIOR)
-        rates = (reuses + BIN_PRIOR) / (waited + BIN_PRIOR / (ratio[:, None] * hazard))
+        rates = self._rates(reuses.reshape(self._shape), waited.reshape(self._shape), hazard).reshape(reuses.shape)
         leaves = np.exp(-rates * _WIDTHS)
         alive = np.concatenate([np.ones((len(rates), 1)), np.cumprod(leaves, 1)], 1)
         held = np.concatenate([np.zeros((len(rates), 1)), np.cumsum(alive[:, :-1] * (1 - leaves) / rates, 1)], 1)
@@ -84,3 +96,22 @@ class Survival:
             index[:, start] = (used / np.maximum(time, 1e-300)).max(1)
         self.index = index.tolist()
         self._reuses, self._waited = (reuses * DECAY).tolist(), (waited * DECAY).tolist()
+
+    def _rates(self, reuses: _Array, waited: _Array, hazard: _Array) -> _Array:
+        """Reuses a second by class and age: from the features, then what the class has of its own, then its age bins.
+
+        The factors depend on each other: a refresh improves each of them once, with the others as they are.
+        """
+        rates = np.broadcast_to(hazard, self._shape)
+        for factor in self._factors:
+            rates = rates * factor
+        for number, factor in enumerate(self._factors):
+            over = tuple(axis for axis, values in enumerate(factor.shape) if values == 1)
+            seen, expected = reuses.sum(over, keepdims=True), (waited * rates).sum(over, keepdims=True)
+            better = (seen + FEATURE_PRIOR) / (expected / factor + FEATURE_PRIOR)
+            rates = rates * (better / factor)
+            self._factors[number] = better
+        seen, expected = reuses.sum(-1, keepdims=True), (waited * rates).sum(-1, keepdims=True)
+        rates = rates * ((seen + CLASS_PRIOR) / (expected + CLASS_PRIOR))
+        rates_by_age: _Array = (reuses + BIN_PRIOR) / (waited + BIN_PRIOR / rates)
+        return rates_by_age
