@@ -119,7 +119,7 @@ def main() -> None:
                 for _ in range(REPEATS):
                     got["memory"].append(engine.first_token(ids))
                 detach(engine.model)
-        for _ in range(3):
+        for _ in range(REPEATS):
             command = [sys.executable, "-c", f"from bench.ttft import restart; restart({folder + '/all'!r})"]
             out = subprocess.run(command, capture_output=True, text=True, check=True)
             for tokens, pair in json.loads(out.stdout.splitlines()[-1]).items():

@@ -111,6 +111,22 @@ def test_what_lies_in_memory_above_leaves_the_page_cache_alone(tmp_path: Path, d
     store.close()
 
 
+def test_another_process_s_slabs_are_read_through_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(slabs, "cached_nbytes", lambda fd, offset, nbytes: asked.append(nbytes) or 0)
+    writer = DiskStore(tmp_path / "cache", capacity=8 << 20, direct=True)
+    writer.put(key(1), [b"x" * (1 << 20)])
+    reader = DiskStore(tmp_path / "cache", capacity=8 << 20, direct=True)  # as one of another process: the lock is held
+    assert reader.get(key(1)) == b"x" * (1 << 20)
+    assert not asked
+    assert writer.get(key(1)) == b"x" * (1 << 20)
+    assert asked == [1 << 20]
+    reader.close()
+    writer.close()
+
+
 def slabs_read_directly(store: DiskStore) -> bool:
     """False where the file system turned out not to."""
     return all(slab.direct for slab in store._slabs.values())

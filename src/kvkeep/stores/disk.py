@@ -206,7 +206,7 @@ class DiskStore(Store):
                 return
             runs: list[list[int]] = []
             for place in (self._own.get(key) or self._foreign.get(key) for key in keys):
-                if place is None or place[0].direct:
+                if place is None or place[0].past_cache:
                     continue
                 slab, page, nbytes = place
                 start, length = page * PAGE, pages_of(nbytes) * PAGE
