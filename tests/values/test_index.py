@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import sqlite3
 import subprocess
 import sys
@@ -144,6 +145,37 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, damage: str) -> None:
     index.set_many([Item(name(1), b"again")])
     assert index.get_many([name(1)])[0] is not None
     index.close()
+
+
+def test_a_damaged_schema_is_made_anew(tmp_path: Path) -> None:
+    """Its texts need not be text any more, nor its columns those that are asked for."""
+    made = SqliteIndex(tmp_path)
+    made.set_many([Item(name(at), b"body", 1000.0, group(1), 4) for at in range(200)])
+    made.tidy()
+    made.close()
+    file = tmp_path / FILE
+    whole = file.read_bytes()
+    for seed in range(150):
+        random_bytes = random.Random(seed)
+        content = bytearray(whole)
+        for _ in range(random_bytes.choice([1, 3, 20, 200])):
+            content[random_bytes.randrange(4096)] = random_bytes.randrange(256)
+        for suffix in ("", "-wal", "-shm"):
+            Path(f"{file}{suffix}").unlink(missing_ok=True)
+        file.write_bytes(content)
+        index = SqliteIndex(tmp_path)
+        works = False
+        for _ in range(4):
+            try:
+                index.get_many([name(1)])
+                index.set_many([Item(name(1), b"new", 5.0, group(2), 3)])
+                assert all(type(each) is bytes for each in [*index.members(group(1)), *index.names()])
+                works = True
+                break
+            except StoreError:
+                continue
+        assert works, seed
+        index.close()
 
 
 def test_a_hostile_file_runs_nothing_and_gives_nothing(tmp_path: Path) -> None:

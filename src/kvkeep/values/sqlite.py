@@ -12,7 +12,7 @@ import sqlite3
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -121,11 +121,11 @@ class SqliteIndex(Index):
 
     def members(self, group: bytes) -> list[bytes]:
         with self._working() as database:
-            return [name for (name,) in database.execute("SELECT name FROM entries WHERE grp = ?", (group,))]
+            return _blobs(database.execute("SELECT name FROM entries WHERE grp = ?", (group,)))
 
     def names(self) -> list[bytes]:
         with self._working() as database:
-            return [name for (name,) in database.execute("SELECT name FROM entries ORDER BY born")]
+            return _blobs(database.execute("SELECT name FROM entries ORDER BY born"))
 
     def replace(self, name: bytes, old: bytes, new: bytes) -> bool:
         def work(database: sqlite3.Connection, now: float) -> bool:
@@ -156,7 +156,7 @@ class SqliteIndex(Index):
 
         def work(database: sqlite3.Connection, now: float) -> list[bytes]:
             rows = database.execute("DELETE FROM entries WHERE until <= ? RETURNING grp", (now,)).fetchall()
-            return _empty(database, [group for (group,) in rows if group is not None])
+            return _empty(database, _blobs(rows))
 
         return self._write(work)
 
@@ -193,18 +193,25 @@ class SqliteIndex(Index):
             try:
                 yield self._open()
             except sqlite3.OperationalError as error:
-                code = error.sqlite_errorcode & 0xFF
+                code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+                # What is asked is always the same, so it is the file that does not understand it.
+                if code == sqlite3.SQLITE_ERROR and not str(error).startswith("cannot"):
+                    raise self._damaged(error) from error
                 cause = {sqlite3.SQLITE_BUSY: "timeout", sqlite3.SQLITE_FULL: "full",
                          sqlite3.SQLITE_READONLY: "readonly"}.get(code, "error")  # fmt: skip
                 raise StoreError(f"{self._path}: {error}", cause=cause) from error
-            except sqlite3.DatabaseError as error:
-                self._drop()
-                for suffix in ("", "-wal", "-shm"):
-                    with suppress(OSError):
-                        os.unlink(f"{self._path}{suffix}")
-                raise StoreError(f"{self._path} was damaged and is made anew: {error}", cause="garbage") from error
+            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter in SQLite's own complaint
+                raise self._damaged(error) from error
             except OSError as error:
                 raise StoreError(f"{self._path}: {error.strerror}") from error
+
+    def _damaged(self, error: Exception) -> StoreError:
+        """Make the file anew, the next time; what to raise."""
+        self._drop()
+        for suffix in ("", "-wal", "-shm"):
+            with suppress(OSError):
+                os.unlink(f"{self._path}{suffix}")
+        return StoreError(f"{self._path} was damaged and is made anew: {error}", cause="garbage")
 
     def _write(self, work: Work[T]) -> T:
         """``work`` as one transaction. A full file loses its oldest quarter first."""
@@ -331,11 +338,15 @@ def _set(database: sqlite3.Connection, item: Item, now: float) -> None:
     )
 
 
-def _groups_of(database: sqlite3.Connection, name: bytes) -> list[Any]:
-    rows = database.execute("SELECT grp FROM entries WHERE name = ? AND grp IS NOT NULL", (name,))
-    return [group for (group,) in rows]
+def _groups_of(database: sqlite3.Connection, name: bytes) -> list[bytes]:
+    return _blobs(database.execute("SELECT grp FROM entries WHERE name = ?", (name,)))
 
 
-def _empty(database: sqlite3.Connection, groups: Sequence[Any]) -> list[bytes]:
+def _blobs(rows: Iterable[tuple[Any]]) -> list[bytes]:
+    """The one column of ``rows``, without what damage has made another type."""
+    return [blob for (blob,) in rows if type(blob) is bytes]
+
+
+def _empty(database: sqlite3.Connection, groups: Sequence[bytes]) -> list[bytes]:
     question = "SELECT 1 FROM entries WHERE grp = ? LIMIT 1"
     return [group for group in set(groups) if database.execute(question, (group,)).fetchone() is None]
