@@ -13,7 +13,7 @@ from kvkeep.keys import BlockKey
 from kvkeep.policies.base import Access, EvictionPolicy
 from kvkeep.policies.clock import CLOCK
 from kvkeep.policies.fifo import FIFO
-from kvkeep.policies.hazard import Hazard
+from kvkeep.policies.hazard import SPARE, Hazard
 from kvkeep.policies.lfu import LFU
 from kvkeep.policies.lru import LRU
 from kvkeep.policies.sieve import SIEVE
@@ -222,3 +222,18 @@ def test_what_is_never_used_again_stays_finite() -> None:
         _watch(survival, 4, 20, 0)
         survival.refresh()
     assert all(0 < worth < 1 for row in survival.index for worth in row)
+
+
+def test_hits_leave_no_more_behind_than_the_blocks_are_worth() -> None:
+    """Nobody asks for a victim, so nothing else would take what is outdated out of hazard's heaps."""
+    policy = Hazard(10)
+    keys = [key(at) for at in range(3)]
+    for at, each in enumerate(keys):
+        access = Access(float(at), 0, 1, 0, None)
+        assert policy.admit(each, 1, access)
+        policy.insert(each, 1, access)
+    for at in range(20_000):
+        policy.touch(keys[at % 3], Access(10.0 + at, 0, 1, 1, None))
+    kinds = len(policy._leaves)
+    assert sum(map(len, policy._leaves.values())) <= kinds * (2 * len(keys) + SPARE + 1)
+    assert policy.victim(lambda _: True) in keys

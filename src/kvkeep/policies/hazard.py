@@ -14,7 +14,7 @@ need is not admitted; if that is still young, it has to be worth clearly more.
 from __future__ import annotations
 
 from bisect import bisect_right
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import ClassVar, NamedTuple
 
 from kvkeep.keys import BlockKey
@@ -37,6 +37,8 @@ An index supposes that a block is kept for as long as that pays; where room is s
 pushed out the other for nothing."""
 MAX_TURNS = 1 << 16
 """Turns that are remembered, whether any of their blocks is still resident or not."""
+SPARE = 1 << 10
+"""Outdated entries that a heap may hold beside two for each block."""
 
 
 class _Turn:
@@ -190,6 +192,9 @@ class Hazard(EvictionPolicy):
 
     def _offer(self, leaf: _Leaf, turn: _Turn) -> None:
         heap = self._leaves.setdefault(turn.kind, [])
+        if len(heap) > 2 * len(self._blocks) + SPARE:  # each touch leaves an outdated entry
+            heap[:] = {each for each in heap if self._holds(each, turn.kind)}
+            heapify(heap)
         heappush(heap, leaf)
         if heap[0] is leaf and self._ranked_at == self._now:
             heappush(self._ranked, (self._rank_of(turn), leaf, turn.kind))
