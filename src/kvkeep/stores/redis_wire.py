@@ -146,7 +146,10 @@ class Wire:
             if self._encrypted:
                 self._call(self._socket.sendall, rest.pop(0))
                 continue
-            sent = self._call(self._socket.sendmsg, rest[:IOV_MAX])
+            try:
+                sent = self._call(self._socket.sendmsg, rest[:IOV_MAX])
+            except StoreError as error:
+                raise self._last_words() or error from None
             at = 0
             while at < len(rest) and sent >= len(rest[at]):
                 sent -= len(rest[at])
@@ -154,6 +157,14 @@ class Wire:
             rest = rest[at:]
             if sent:
                 rest[0] = rest[0][sent:]
+
+    def _last_words(self) -> StoreError | None:
+        """Why a server that takes no more has hung up, if it said so."""
+        try:
+            line = self._socket.recv(LINE_NBYTES, socket.MSG_DONTWAIT).partition(b"\r\n")[0]
+        except OSError:
+            return None
+        return refusal(line) if line[:1] == b"-" else None
 
     def lines(self, count: int) -> list[bytes]:
         """The next ``count`` replies, of one line each."""
