@@ -56,6 +56,8 @@ def attach(model: Model, cache: KVCache, *, exact: bool = False, segment: int = 
 
     ``exact``: a hit is bit-identical to a miss (see the module). ``segment``: its tokens, rounded up to whole blocks.
     ``wait``: seconds to wait while another thread, process or machine reads the same prefix, to load it then.
+    Beside the cache's own budget, an attached model keeps up to 1 GiB of memory that prefixes were restored into; where
+    the cache holds blocks already, up to 512 MiB of it are touched at once, in the background.
     A model that cannot be served is returned as it was, with a warning in the log that says why. Raises
     :class:`ConfigError` for what is no Transformers model, or one that is attached already, or whose measured quality
     the cache's codec passes the limit of.
