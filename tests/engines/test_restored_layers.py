@@ -196,6 +196,14 @@ def test_memory_is_touched_before_anybody_asks() -> None:
     assert staging.borrow(30 << 20).ctypes.data != lent.ctypes.data  # still in use
 
 
+def test_touching_ahead_ends_when_the_memory_is_too_small() -> None:
+    staging = Staging()
+    staging.prepare(1 << 20)
+    region = staging._kept[0]
+    staging.borrow(2 << 20)
+    assert region.lent
+
+
 def test_touching_ahead_ends_when_the_memory_is_lent() -> None:
     region = _Region(64 << 20)
     region.lent = True

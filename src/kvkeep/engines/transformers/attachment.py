@@ -111,7 +111,7 @@ class Attachment:
     def _prepare_staging(self) -> None:
         """Memory for the first prompt that is found; nothing where nothing is stored yet."""
         layout = self._bound[1]
-        stored = sum(tier.nbytes for tier in self.cache.stats().tiers)
+        stored = sum(tier.usage[1] for tier in self.cache.store.tiers)
         longest = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if layout is not None and stored and longest:
             token = layout.token_nbytes

@@ -75,9 +75,10 @@ class Staging:
             region = self._kept.pop()
         except IndexError:
             region = None
+        if region is not None:
+            region.lent = True  # or, if it is too small, given up: nobody touches it any further
         if region is None or region.memory.nbytes < nbytes:
             region = _Region(nbytes + nbytes // 4)  # the next turn of a chat needs a little more
-        region.lent = True
         if nbytes - region.touched >= WORTH_A_THREAD:
             _start(partial(region.touch_before, nbytes))
         lent = np.frombuffer(region.memory, np.uint8, nbytes)
