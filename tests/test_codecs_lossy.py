@@ -346,6 +346,13 @@ def test_a_library_that_others_may_write_is_not_loaded(tmp_path: Path, monkeypat
     assert compiled.library() is None or os.geteuid() == 0
 
 
+def test_where_values_lie_is_known_for_every_array() -> None:
+    whole = np.arange(100, dtype="<u2")
+    arrays = [whole, whole[7:], np.frombuffer(bytes(50), np.uint8)[3:], whole[:0], np.zeros((3, 4), np.float32)]
+    for array in arrays * 100:
+        assert compiled._at(array) == array.__array_interface__["data"][0]
+
+
 def test_a_library_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     path = compiled.library() or compiled.build()
     assert path is not None

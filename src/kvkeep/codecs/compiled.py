@@ -168,9 +168,26 @@ def _shape(shape: Shape) -> _Shape:
     return _Shape(*shape)
 
 
+class _ArrayInterface(ctypes.Structure):
+    """NumPy's array interface, its C side."""
+
+    _fields_ = (
+        ("two", ctypes.c_int), ("nd", ctypes.c_int), ("typekind", ctypes.c_char), ("itemsize", ctypes.c_int),
+        ("flags", ctypes.c_int), ("shape", ctypes.c_void_p), ("strides", ctypes.c_void_p), ("data", ctypes.c_void_p),
+        ("descr", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+_interface = ctypes.PYFUNCTYPE(ctypes.POINTER(_ArrayInterface), ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+
+
 def _at(array: Array) -> int:
-    """Where the values lie; ``array.ctypes`` takes several times as long."""
-    address: int = array.__array_interface__["data"][0]
+    """Where the values lie. ``array.ctypes`` and ``__array_interface__`` take 3 µs, a tenth of decoding a small block
+    where there are several arrays; this takes less than 1."""
+    capsule: Any = array.__array_struct__  # owns what the pointer leads to
+    address: int = _interface(capsule, None)[0].data
     return address
 
 

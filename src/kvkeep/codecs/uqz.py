@@ -49,11 +49,13 @@ class UQZ(Lossy):
         steps, tops, means, levels, k, v = _sizes(shapes(layout))
         streams = entropy.unpack(coded, [2 * steps + 2 * tops + means, means, levels, k, v])
         side = streams[0]
-        high = side[2 * (steps + tops) :].astype(np.int16)
+        both = side[2 * (steps + tops) :].astype("<i2")
+        both <<= 8
+        both += streams[1].view(np.int8)
         whole = (
             side[: 2 * steps].view("<u2"),
             side[2 * steps : 2 * (steps + tops)].view("<u2"),
-            (high << 8) + streams[1].view(np.int8),
+            both,
             streams[2],
             streams[3].view(np.int8),
             streams[4].view(np.int8),
