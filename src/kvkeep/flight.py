@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from kvkeep.breaker import Breaker
 from kvkeep.errors import StoreError
 
 CLAIM_SECONDS = 3.0
@@ -115,26 +116,43 @@ def _lock(name: bytes, kind: int) -> bytes:
 class ServerLocks(Locks):
     """Among the machines that use a server. Claims are renewed by the :class:`Flight` that holds them."""
 
-    def __init__(self, ledger: Ledger, seconds: float = CLAIM_SECONDS) -> None:
+    def __init__(self, ledger: Ledger, seconds: float = CLAIM_SECONDS, *, breaker: Breaker | None = None) -> None:
+        """``breaker``: the server's, if it has one. While it is open nobody waits for the server to take a claim."""
         self._ledger = ledger
         self.seconds = seconds
+        self._breaker = breaker
         self._held: dict[bytes, bytes] = {}
 
     def lock(self, name: bytes) -> Lock | None:
         entry, token = _entry_of(name), secrets.token_bytes(16)
-        if not self._ledger.add(entry, token, self.seconds):
-            return None
+        with self._asking():
+            if not self._ledger.add(entry, token, self.seconds):
+                return None
         self._held[entry] = token
 
         def unlock() -> None:
             self._held.pop(entry, None)
-            with suppress(StoreError):  # then it runs out by itself
+            with suppress(StoreError), self._asking():  # else it runs out by itself
                 self._ledger.release(entry, token)
 
         return unlock
 
     def locked(self, names: Sequence[bytes]) -> bool:
-        return self._ledger.contains_any([_entry_of(name) for name in names])
+        with self._asking():
+            return self._ledger.contains_any([_entry_of(name) for name in names])
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        if self._breaker is None:
+            yield
+            return
+        if not self._breaker.closed:
+            raise StoreError("the server is left alone", cause="unavailable")
+        try:
+            yield
+        except StoreError as error:
+            self._breaker.failed("a claim", error)
+            raise
 
     @property
     def idle(self) -> bool:

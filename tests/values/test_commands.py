@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import kvkeep
 from kvkeep.cli.app import app
+from kvkeep.testing.servers import RedisServer
 
 
 def test_stats_names_values_and_clear_drops_them(tmp_path: Path) -> None:
@@ -29,3 +30,10 @@ def test_stats_names_values_and_clear_drops_them(tmp_path: Path) -> None:
     with kvkeep.open(tmp_path, memory="4MiB", disk="8MiB") as cache:
         assert cache.get_values([0, "small"]) == [None, None]
         assert cache.set_value("small", 1)
+
+
+def test_stats_names_values_on_a_server(redis_shared: RedisServer) -> None:
+    with kvkeep.open(redis_shared.url + "?lookup_timeout=20&load_timeout=20&save_timeout=20", memory="4MiB") as cache:
+        assert cache.set_value("a", np.arange(100))
+    (row,) = json.loads(CliRunner().invoke(app, ["stats", redis_shared.url, "--json"]).stdout)["models"]
+    assert (row["model"], row["blocks"]) == ("values", 1)

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from kvkeep.errors import StoreError
 from kvkeep.stores.base import Store
 from kvkeep.stores.memcached import MemcachedStore
 from kvkeep.stores.redis import RedisStore
+from kvkeep.stores.redis_cluster import slot_of
 from kvkeep.testing.indexes import IndexSuite, group, name
 from kvkeep.testing.servers import MemcachedServer, RedisCluster, RedisServer
 from kvkeep.values.index import Index, Item, MemoryIndex
@@ -68,6 +70,25 @@ class TestCluster(TestRedis):
     @pytest.fixture(autouse=True)
     def server(self, cluster_shared: RedisCluster) -> None:
         self.url = cluster_shared.url + PATIENT
+
+
+def test_entries_are_found_while_their_slots_move(cluster_shared: RedisCluster) -> None:
+    source, target = cluster_shared.nodes[0], cluster_shared.nodes[1]
+    with closing(RedisStore.from_url(cluster_shared.url + PATIENT + "&prefix=moving")) as store:
+        index = RedisIndex(store)
+        slots = {number: slot_of(b"moving:v:" + name(number).hex().encode()) for number in range(60)}
+        chosen = [number for number, slot in slots.items() if slot < 16384 // 3][:6]
+        index.set_many([Item(name(number), b"%d" % number, 100.0) for number in chosen])
+        for number in chosen:
+            for moving in (
+                cluster_shared.move_slot(slots[number], *ends) for ends in ((source, target), (target, source))
+            ):
+                for _ in moving:
+                    found = index.get_many([name(number), name(chosen[0]), name(99)])
+                    assert [one and one.body for one in found] == [b"%d" % number, b"%d" % chosen[0], None]
+                    assert found[0] is not None
+                    assert found[0].left is not None
+                    assert 50 < found[0].left <= 100
 
 
 class TestMemcached(ServerSuite):

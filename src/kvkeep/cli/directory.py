@@ -107,10 +107,13 @@ def opened(place: str | None, *, write: bool = False, clock: Callable[[], float]
 
 
 def models(directory: Path | None, cipher: Cipher | None = None) -> dict[bytes, dict[str, Any]]:
-    """Layout fingerprint → what ``KVCache.bind`` noted about it. It is a label only: empty where it cannot be read."""
+    """Layout fingerprint → what ``KVCache.bind`` noted about it. A label only: what cannot be read is left out, and a
+    server has none. Values of no tenant are known without it; those of a tenant have a layout of their own."""
     from kvkeep import labels
+    from kvkeep.values.store import layout_of
 
-    return {} if directory is None else labels.read(directory, cipher)
+    known: dict[bytes, dict[str, Any]] = {layout_of(1, b"").fingerprint: {"description": "values"}}
+    return known if directory is None else known | labels.read(directory, cipher)
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,10 +124,12 @@ class Cluster:
 
         def one_by_one(wire: Wire) -> Sequence[Any]:
             replies: list[Any] = []
+            wire.asking = pack(b"ASKING")  # it holds for one command
             for index in group:
-                wire.send([pack(b"ASKING")])
+                wire.send([wire.asking])
                 wire.lines(1)
                 replies += work(wire, [index])
+            wire.asking = b""
             return replies
 
         try:

@@ -105,6 +105,8 @@ class Wire:
 
     def __init__(self, connection: Any) -> None:
         """``connection``: redis-py's, connected."""
+        self.asking = b""
+        """What has to stand before each further command of a question: ASKING, of a slot that is changing hands."""
         self._deadline = 0.0
         self._grace = False
         self._connection = connection

@@ -58,14 +58,16 @@ class ValueFace(ABC):
     @abstractmethod
     def values(self) -> Values: ...
 
-    def set_value(self, key: Any, value: Any, *, ttl: float | None = None, tags: Iterable[str] = ()) -> bool:
+    def set_value(self, key: Any, value: Any, *, ttl: float | None = None, tags: Iterable[str] | None = ()) -> bool:
         """Keep ``value`` under ``key``, for ``ttl`` seconds if given; is it kept? Replaces what was there.
 
-        ``tags`` name groups for :meth:`invalidate`.
+        ``tags`` name groups for :meth:`invalidate`. Raises ``TypeError`` on what cannot be kept.
         """
         return self.values.set_many([(key, value)], ttl=ttl, tags=tags) == 1
 
-    def set_values(self, values: Mapping[Any, Any], *, ttl: float | None = None, tags: Iterable[str] = ()) -> int:
+    def set_values(
+        self, values: Mapping[Any, Any], *, ttl: float | None = None, tags: Iterable[str] | None = ()
+    ) -> int:
         """The same for many, in few round trips; how many are kept."""
         return self.values.set_many(values.items(), ttl=ttl, tags=tags)
 
@@ -98,14 +100,15 @@ class ValueFace(ABC):
         *,
         ttl: float | None = None,
         stale: float = 0.0,
-        tags: Iterable[str] = (),
+        tags: Iterable[str] | None = (),
         wait: float = 60.0,
     ) -> T:
         """The value of ``key``, or what ``compute()`` gives, which is then kept.
 
         Of all who ask at the same time, in whatever thread, process or machine, one computes. The others wait for it,
         ``wait`` seconds at most, then they compute too; or, for ``stale`` seconds after the ``ttl`` is over, they get
-        the old value while one computes the new one.
+        the old value while one computes the new one. A result of a type that cannot be kept is handed back all the
+        same, with one warning in the log: the next one to ask computes again.
         """
         from kvkeep.values.store import check_life, checked_tags
 
@@ -122,7 +125,7 @@ class ValueFace(ABC):
         *,
         ttl: float | None = None,
         stale: float = 0.0,
-        tags: Iterable[str] = (),
+        tags: Iterable[str] | None = (),
         version: str | None = None,
         wait: float = 60.0,
         trusted: bool = False,
@@ -146,7 +149,7 @@ class ValueFace(ABC):
         *,
         ttl: float | None = None,
         stale: float = 0.0,
-        tags: Iterable[str] = (),
+        tags: Iterable[str] | None = (),
         version: str | None = None,
         wait: float = 60.0,
         trusted: bool = False,

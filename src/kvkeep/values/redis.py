@@ -6,7 +6,7 @@
     PREFIX:g:GROUP    the set of the group's members, each a name and a stamp; expires with the last of them
 
 NAME and GROUP are hexadecimal. A stamp is of one setting of a name, so who replaces it takes that one out of its group
-and none that came later. Each operation is one script on one key, which the server runs as a whole, so it does
+and none that came later. Each change is one script on one key, which the server runs as a whole, so it does
 not matter on which node of a cluster a key lies. Scripts go by their text: the server has compiled them after the first
 time. Time is the server's.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 from kvkeep.errors import StoreError
 from kvkeep.stores.redis import RedisStore
-from kvkeep.stores.redis_wire import Wire, outcome, pack
+from kvkeep.stores.redis_wire import Redirect, Wire, garbage, outcome, pack
 from kvkeep.values.index import NAME_NBYTES, Found, Index, Item, write_seconds
 
 STAMP_NBYTES = 8
@@ -30,9 +30,6 @@ LARGEST_NBYTES = 64 << 20
 RATE = 50e6
 
 # Every script answers with a text, or with nothing where there is no entry.
-_GET = b"""local v = redis.call('GET', KEYS[1])
-if not v then return v end
-return string.format('%020d', redis.call('PTTL', KEYS[1])) .. v"""
 _SET = b"""local old = redis.call('GETRANGE', KEYS[1], 0, 39)
 if ARGV[2] == '' then redis.call('SET', KEYS[1], ARGV[1]) else redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2]) end
 return old"""
@@ -75,13 +72,17 @@ class RedisIndex(Index):
         self._set = store.prefix.encode() + b":g:"
 
     def get_many(self, names: Sequence[bytes]) -> list[Found | None]:
+        """PTTL and GET, which a server answers in half the time of a script. Of an entry that is replaced between the
+        two, the new body comes with what was left of the old one: it is fresh, and may count as too old this once."""
         found: list[Found | None] = []
-        for reply in self._ask([(_GET, self._name(name), ()) for name in names]):
-            if reply is None or len(reply) < 20 + _PLACE_NBYTES or not reply[:20].lstrip(b"-").isdigit():
-                found.append(None)
-            else:
-                milliseconds = int(reply[:20])
-                found.append(Found(reply[20 + _PLACE_NBYTES :], None if milliseconds < 0 else milliseconds / 1000))
+        for start in range(0, len(names), BATCH):
+            keys = [self._name(name) for name in names[start : start + BATCH]]
+
+            def work(wire: Wire, group: Sequence[int], keys: Sequence[bytes] = keys) -> Sequence[Any]:
+                wire.send([b"".join(pack(b"PTTL", keys[at]) + wire.asking + pack(b"GET", keys[at]) for at in group)])
+                return [_entry(wire) for _ in group]
+
+            found += self._store.servers.ask(keys, self._store.lookup_timeout, work)
         return found
 
     def set_many(self, items: Sequence[Item]) -> list[bytes]:
@@ -162,6 +163,22 @@ class RedisIndex(Index):
             found = self._store.servers.ask([key for _, key, _ in batch], seconds, work)
             replies += [None if reply is None else bytes(reply) for reply in found]
         return replies
+
+
+def _entry(wire: Wire) -> Found | Redirect | None:
+    """The answers to PTTL and GET of one key."""
+    left = outcome(wire.line())
+    if wire.asking:
+        wire.line()
+    value = _answer(wire)
+    if isinstance(left, Redirect) or isinstance(value, Redirect):
+        return left if isinstance(left, Redirect) else value
+    if left[:1] != b":" or not left[1:].removeprefix(b"-").isdigit():
+        raise garbage(left)
+    milliseconds = int(left[1:])  # -1: for ever, -2: there is none
+    if value is None or milliseconds == -2 or len(value) < _PLACE_NBYTES:
+        return None
+    return Found(bytes(value[_PLACE_NBYTES:]), None if milliseconds < 0 else milliseconds / 1000)
 
 
 def _answer(wire: Wire) -> Any:

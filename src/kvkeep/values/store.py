@@ -75,6 +75,7 @@ class _Call:
         self.done = threading.Event()
         self.followers = 0
         self.made: bytes | None = None
+        self.unkept = False  # it was made, but is of a type that cannot be handed on
 
 
 T = TypeVar("T")
@@ -84,18 +85,27 @@ class Values:
     """``index`` is where names are, ``tiers`` where bytes are, ``flight`` who computes."""
 
     def __init__(
-        self, tiers: TieredStore, index: Index, flight: Flight, *, namespace: bytes = b"", observer: Observer
+        self,
+        tiers: TieredStore,
+        index: Index,
+        flight: Flight,
+        breaker: Breaker,
+        *,
+        namespace: bytes,
+        observer: Observer,
     ) -> None:
+        """``breaker``: of the index, which claims on its medium respect as well."""
         self.index = index
         self.flight = flight
         self._tiers = tiers
         self._namespace = namespace
         self._observer = observer
         self._naming = naming(namespace)
-        self._breaker = Breaker("index", observer)
+        self._breaker = breaker
         self._breaker.on_open = tiers.start
         self._pool = BufferPool()
         self._said_locked = False
+        self._said_unkept: set[str] = set()  # types
         self._lock = threading.Lock()
         self._calls: dict[bytes, _Call] = {}
         self._asked_once: dict[bytes, bool] = {}  # oldest first
@@ -110,7 +120,7 @@ class Values:
         values: Iterable[tuple[Any, Any]],
         *,
         ttl: float | None = None,
-        tags: Iterable[str] = (),
+        tags: Iterable[str] | None = (),
         stale: float = 0.0,
     ) -> int:
         """Set each key and value; how many are kept. Raises ``TypeError`` before anything is set."""
@@ -179,7 +189,7 @@ class Values:
 
     # Tags
 
-    def generations(self, tags: Iterable[str]) -> Tags | None:
+    def generations(self, tags: Iterable[str] | None) -> Tags | None:
         """``tags`` as they are now, for :meth:`set_packed`. None if the index does not answer.
 
         A generation is a random token that is made when it is first asked for. A token that an index has lost is
@@ -239,6 +249,8 @@ class Values:
                 return compute()
             if call.made is not None:
                 return unpack(call.made)
+            if call.unkept:  # so there is nothing to wait for: all at the same time, not one after the other
+                return compute()
 
     def _lead(
         self, call: _Call, name: bytes, key: bytes, compute: Callable[[], Any], old: Any, deadline: float,
@@ -267,8 +279,11 @@ class Values:
                     return found[0]
                 generations = self.generations(tags)
                 made = compute()
-                parts = pack(made)
-                self.set_packed([(key, parts)], ttl=ttl, stale=stale, tags=generations)
+                parts = self._pack_result(made)
+                if parts is None:
+                    call.unkept = True
+                else:
+                    self.set_packed([(key, parts)], ttl=ttl, stale=stale, tags=generations)
                 return made
             finally:
                 if claim is not None:
@@ -279,6 +294,18 @@ class Values:
             if call.followers and parts is not None:
                 call.made = b"".join(parts)  # a copy: what is returned is the caller's to change
             call.done.set()
+
+    def _pack_result(self, made: Any) -> list[Buffer] | None:
+        """None, and it is said once, if it is of a type that cannot be kept: whoever had it computed gets it anyhow."""
+        try:
+            return pack(made)
+        except TypeError as error:
+            self._observer.event("dropped", cause="type")
+            kind = type(made).__qualname__
+            if kind not in self._said_unkept:
+                self._said_unkept.add(kind)
+                log.warning("a result that cannot be kept is computed whenever it is asked for: %s", error)
+            return None
 
     # Inside
 
@@ -511,10 +538,12 @@ def check_life(ttl: float | None, stale: float) -> None:
         raise ValueError(f"ttl is a number of seconds above 0, or None; stale at least 0: not {ttl} and {stale}")
 
 
-def checked_tags(tags: Iterable[str]) -> list[str]:
-    """Each once. Raises ``TypeError`` and ``ValueError``."""
-    if isinstance(tags, str):
-        raise TypeError("tags is a list of texts, not one text")
+def checked_tags(tags: Iterable[str] | None) -> list[str]:
+    """Each once; None is none. Raises ``TypeError`` and ``ValueError``."""
+    if tags is None:
+        return []
+    if isinstance(tags, (str, bytes)) or not isinstance(tags, Iterable):
+        raise TypeError(f"tags is a list of texts, not {tags!r}")
     found = list(dict.fromkeys(tags))
     if not all(isinstance(tag, str) for tag in found):
         raise TypeError(f"a tag is a text: not {found!r}")
