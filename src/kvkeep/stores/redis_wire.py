@@ -12,6 +12,7 @@ Any surprise raises :class:`~kvkeep.errors.StoreError`; whoever holds the wire c
 
 from __future__ import annotations
 
+import select
 import socket
 import ssl
 import struct
@@ -122,8 +123,10 @@ class Wire:
     @property
     def clean(self) -> bool:
         """Is nothing waiting on this idle connection? An answer nobody asked for, or the end, makes it useless."""
-        if self._encrypted:  # a session ticket is no answer
-            return True
+        if self._encrypted:  # a session ticket is no answer, but the end is the end
+            poll = select.poll()
+            poll.register(self._socket, select.POLLRDHUP)
+            return not poll.poll(0)
         try:
             self._socket.recv(1, socket.MSG_DONTWAIT)
         except BlockingIOError:
