@@ -54,17 +54,23 @@ def anonymous(nbytes: int) -> memoryview:
 
 
 def populate(region: mmap.mmap | memoryview, start: int, nbytes: int) -> bool:
-    """Fault pages in without changing them; ``start`` is a multiple of :data:`PAGE`. False where the kernel cannot.
+    """Fault pages in without changing them; ``start`` is a multiple of :data:`PAGE`. False where the kernel cannot."""
+    anchor = ctypes.c_char.from_buffer(region)
+    try:
+        return populate_at(ctypes.addressof(anchor) + start, nbytes)
+    finally:
+        del anchor
+
+
+def populate_at(address: int, nbytes: int) -> bool:
+    """The same for the pages on which ``nbytes`` from ``address`` on lie; the caller keeps them alive.
 
     Through ctypes, which, unlike mmap.madvise, lets other threads run.
     """
-    anchor = ctypes.c_char.from_buffer(region)
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        return bool(libc.madvise(ctypes.addressof(anchor) + start, nbytes, _POPULATE_WRITE) == 0)
-    finally:
-        del anchor
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    before = address % PAGE
+    return bool(libc.madvise(address - before, before + nbytes, _POPULATE_WRITE) == 0)
 
 
 class BufferPool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from kvkeep.engines.vllm.pages import DevicePages, Pages
+from kvkeep.buffers import PAGE as SYSTEM_PAGE
+from kvkeep.buffers import anonymous, populate
+from kvkeep.engines.vllm.pages import Ahead, DevicePages, Pages
 from kvkeep.errors import ConfigError
 from kvkeep.identity import ModelIdentity
 from kvkeep.layout import KVLayout
@@ -109,3 +112,49 @@ def test_pages_that_are_not_understood() -> None:
     layers = {"0": SimpleNamespace(impl=Strange(), num_kv_heads=HEADS)}
     with pytest.raises(ConfigError, match="does not read"):
         Pages(["0"], layers, {"0": torch.zeros(4, HEADS, PAGE, 2 * DIM)})
+
+
+def touched(cache: torch.Tensor) -> list[bool]:
+    """Of each page of vLLM's, whether the system has given its last byte any memory."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    state = ctypes.c_ubyte()
+    found = []
+    for page in cache:
+        address = page.data_ptr() + page.nbytes - 1
+        here = ctypes.c_void_p(address - address % SYSTEM_PAGE)
+        assert libc.mincore(here, ctypes.c_size_t(1), ctypes.byref(state)) == 0
+        found.append(bool(state.value & 1))
+    return found
+
+
+def test_pages_are_touched_ahead_of_use_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not populate(anonymous(SYSTEM_PAGE), 0, SYSTEM_PAGE):
+        pytest.skip("this kernel does not touch memory on demand")
+    width = 1 << 20  # values a token: a page is several huge pages, so that it shares few with others
+    shape = (8, 1, 2, width)
+    size = 8 * 2 * width * 4
+    # The first layer begins in the middle of a system page, as an allocator's memory may.
+    memory = [anonymous(size + SYSTEM_PAGE)[start : start + size] for start in (64, 0)]
+    caches = {
+        name: torch.frombuffer(each, dtype=torch.float32).view(shape) for name, each in zip("ab", memory, strict=True)
+    }
+    caches["a"][0, 0, 0, :4] = torch.arange(4.0)
+    layers = {name: SimpleNamespace(head_size=width // 2, impl=None) for name in caches}
+    pages = DevicePages(list(layers), layers, caches)
+    assert (pages.num_pages, pages.page_nbytes) == (8, 2 * 2 * width * 4)
+    monkeypatch.setattr(Ahead, "NBYTES", 3 * pages.page_nbytes)
+    ahead = Ahead(pages, lambda: None)
+    ahead._thread.submit(int).result()
+    assert touched(caches["b"])[:7] == [True] * 3 + [False] * 4  # the last one may share with the other layer
+    ahead.reach([1, 3])
+    ahead._thread.submit(int).result()
+    assert touched(caches["a"])[:6] == [True] * 6
+    assert touched(caches["b"])[:7] == [True] * 6 + [False]
+    ahead.reach([7, 0])
+    ahead._thread.submit(int).result()
+    ahead.close()
+    for cache in caches.values():
+        assert all(touched(cache))
+    assert caches["a"][0, 0, 0, :5].tolist() == [0, 1, 2, 3, 0]
+    assert caches["a"].sum() == 6
+    assert not caches["b"].any()

@@ -11,7 +11,8 @@ call for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvkeep.buffers import populate_at
 from kvkeep.errors import ConfigError
 from kvkeep.layout import DTYPES, KVLayout, LayerGroup
 
@@ -121,6 +123,22 @@ class Pages:
     def _prepare(self) -> None:
         self.stacks = self.stacks_of([_flat(name, each) for name, each in zip(self._names, self._caches, strict=True)])
 
+    @property
+    def num_pages(self) -> int:
+        return int(self._caches[0].shape[0])
+
+    @property
+    def page_nbytes(self) -> int:
+        """Of all layers."""
+        return sum(cache[0].nbytes for cache in self._caches)
+
+    def touch(self, first: int, end: int) -> None:
+        """Have the system provide the memory of these pages, whose content stays as it is, while vLLM goes on."""
+        for cache in self._caches:
+            nbytes = (end - 1 - first) * cache.stride(0) * cache.element_size() + cache[0].nbytes
+            if not populate_at(cache[first].data_ptr(), nbytes):
+                return  # a kernel before 5.14: pages come when they are written
+
     def stacks_of(self, flats: list[Array]) -> list[tuple[int, int, Stack]]:
         """Group, its first layer in the group, and the layers, for all layers' pages."""
         stacks: list[tuple[int, int, Stack]] = []
@@ -136,6 +154,35 @@ class Pages:
         """A source and sink for ``tokens`` (first, end) of a request. ``first``: the block at which a sink begins;
         ``ids``: the request's engine blocks from number ``base`` on."""
         return Blocks(self, layout, first, tokens, base, ids)
+
+
+class Ahead:
+    """Touches pages on the CPU before vLLM first writes into them.
+
+    vLLM's pool is memory that nobody has written yet, and a fresh page costs up to ten times the copy into it: a hit in
+    a new server would wait for that. vLLM hands out pages in ascending order at first, so a bounded piece of the pool
+    ahead of the highest one in use is enough.
+    """
+
+    NBYTES = 512 << 20
+
+    def __init__(self, pages: Pages, unpin: Callable[[], None]) -> None:
+        """``unpin``: lets the calling thread run beside those that compute."""
+        self._pages = pages
+        self._width = max(2, self.NBYTES // pages.page_nbytes)
+        self._end = 0
+        self._thread = ThreadPoolExecutor(1, "kvkeep-touch", initializer=unpin)
+        self.reach([0])
+
+    def reach(self, ids: Sequence[int]) -> None:
+        """vLLM uses these pages now."""
+        end = min(max(ids, default=0) + self._width, self._pages.num_pages)
+        if end - self._end >= self._width // 2 or self._end < end == self._pages.num_pages:
+            self._thread.submit(self._pages.touch, self._end, end)
+            self._end = end
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
 
 
 class DevicePages(Pages):

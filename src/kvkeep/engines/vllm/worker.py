@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +24,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAtte
 from kvkeep.cache import KVCache, Match
 from kvkeep.engines.vllm import naming
 from kvkeep.engines.vllm.options import Options
-from kvkeep.engines.vllm.pages import DevicePages, Pages
+from kvkeep.engines.vllm.pages import Ahead, DevicePages, Pages
 from kvkeep.engines.vllm.plan import DROPPED, Hello, Load, Plan, Report
 from kvkeep.engines.vllm.stats import KVKeepStats, Since
 from kvkeep.errors import ConfigError
@@ -62,6 +62,7 @@ class Worker:
                 self._background = ThreadPoolExecutor(2, "kvkeep-load", initializer=_unpin)
                 list(self._background.map(int, range(2)))
             tiers.store.start()
+            self._ahead = Ahead(self._pages, _unpin) if on_cpu else None
         layout = KVLayout(
             naming.identity(self._config, attention=self._attention(layers), namespace=tiers.namespace),
             self._pages.groups,
@@ -85,6 +86,7 @@ class Worker:
     def load(self, plan: Plan) -> None:
         """Do the loads of this step; those in the background are only begun."""
         for load in plan.loads:
+            self._reach(load.pages)
             if load.background:
                 self._background.submit(self._load_in_background, load)
                 continue
@@ -103,6 +105,7 @@ class Worker:
         kept: list[int] = []
         bad = plan.epoch <= self._bad_epoch()
         for save in plan.saves:
+            self._reach(save.pages)
             keys = save.keys[self._shard]
             if bad:
                 kept.append(DROPPED)
@@ -135,7 +138,13 @@ class Worker:
         if self._cache is not None:
             if hasattr(self, "_background"):
                 self._background.shutdown()
+            if self._ahead is not None:
+                self._ahead.close()
             self._cache.close()
+
+    def _reach(self, ids: Sequence[int]) -> None:
+        if self._ahead is not None:
+            self._ahead.reach(ids)
 
     _worst_epoch = -1
 
