@@ -215,6 +215,18 @@ def test_the_last_feature_has_its_own_times() -> None:
     assert early[bin_of(120.0)] < late[bin_of(120.0)]
 
 
+def test_the_next_turn_takes_as_long_as_those_before() -> None:
+    """Seen at two usual times, that is expected at a third one, which was never seen."""
+    told, untold = Survival(2, 4, usual_times=(5.0, 20.0, 80.0)), Survival(2, 4)
+    for survival in (told, untold):
+        _watch(survival, 1, 400, 200, 5.0)
+        _watch(survival, 2, 400, 200, 20.0)
+        for _ in range(20):
+            survival.refresh()
+    assert told.index[3][bin_of(60.0)] > 1.5 * untold.index[3][bin_of(60.0)]
+    assert told.index[3][bin_of(5.0)] < untold.index[3][bin_of(5.0)]
+
+
 def test_what_is_never_used_again_stays_finite() -> None:
     """However long nothing happens, and however long it goes on."""
     survival = Survival(3, 2)

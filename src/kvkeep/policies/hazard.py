@@ -28,6 +28,8 @@ NEW_BLOCKS = 1, 3, 8
 LENGTHS = 2, 8, 40
 """… and at the first turn by its length in blocks, later by how long the last turns took, in seconds."""
 GAPS = 8.0, 25.0, 70.0, 200.0
+USUAL_GAPS = 3.0, 14.0, 42.0, 130.0, 350.0
+"""What stands for each class of those: the next turn often takes about as long."""
 FEATURES = len(TURNS) + 1, len(NEW_BLOCKS) + 1, len(LENGTHS) + 1 + len(GAPS) + 1
 REFRESH = 20
 """Requests after which there is enough news to compute the index again."""
@@ -80,7 +82,7 @@ class Hazard(EvictionPolicy):
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._survival = Survival(*FEATURES)
+        self._survival = Survival(*FEATURES, usual_times=USUAL_GAPS)
         self._blocks: dict[BlockKey, _Block] = {}
         self._children: dict[BlockKey, int] = {}  # how many resident ones a block has
         self._leaves: dict[int, list[_Leaf]] = {}

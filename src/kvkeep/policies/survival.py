@@ -1,8 +1,9 @@
 """A part of the hazard policy: when are blocks of a class used again, and what is it worth to wait for it?
 
 For each class, decayed counts of reuses and of time waited by age. A class is a combination of features, and most are
-seldom seen. So what is expected of one is what all do, times a factor for each of its features (learned from all
-classes that share it; the last feature also shifts the age); only what is seen of the class beyond that is its own.
+seldom seen. So what is expected of one is what all do, times a factor for each of its features, learned from all
+classes that share it; only what is seen of the class at an age beyond that is its own. The last feature also shifts
+the age: freely, and as far as it says how long earlier turns took, by the age beside that time, whatever the time.
 What comes out is the Gittins index (J. C. Gittins, "Bandit processes and dynamic allocation indices", 1979): of all
 times to give up at, the best ratio of the chance of a reuse until then to the time held until then.
 """
@@ -10,6 +11,7 @@ times to give up at, the best ratio of the chance of a reuse until then to the t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +23,12 @@ BINS = 24
 FACTOR = 1.5
 EDGES = (0.0, *(FACTOR**k for k in range(BINS)))
 """Seconds at which the age bins begin; the last one has no end."""
-FEATURE_PRIOR = 20.0
+FEATURE_PRIOR = 10.0
 """Reuses that a feature needs before its factor is believed as much as that it makes no difference …"""
-CLASS_PRIOR = 100.0
-"""… and a class, before it is believed as much as its features …"""
+AGE_PRIOR = 5.0
+"""… and one of its ages …"""
 BIN_PRIOR = 40.0
-"""… and a class's age bin, as much as the class."""
+"""… and a class's age bin, before it is believed as much as its features."""
 DECAY = 0.998
 """At each refresh: half is forgotten after 350 of them. Faster, and classes are judged by too few turns."""
 GUARD = 0.95
@@ -49,9 +51,12 @@ def bin_of(age: float) -> int:
 
 
 class Survival:
-    """Classes by ``features``: how many values each has. They are numbered with the last one running fastest."""
+    """Classes by ``features``: how many values each has. They are numbered with the last one running fastest.
 
-    def __init__(self, *features: int) -> None:
+    ``usual_times``: for the last values of the last feature, how many seconds earlier turns took there.
+    """
+
+    def __init__(self, *features: int, usual_times: Sequence[float] = ()) -> None:
         self._shape = (*features, BINS)
         count = math.prod(features)
         self._reuses = [[0.0] * BINS for _ in range(count)]
@@ -61,6 +66,12 @@ class Survival:
         self._factors: list[_Array] = [
             np.ones([values if axis in own else 1 for axis, values in enumerate(self._shape)]) for own in axes
         ]
+        # A factor for each distance between age and usual time, in bins; distance 0 is in the middle, and the first one
+        # stands for no usual time. Which of them an age of the last feature's values has:
+        self._by_distance = np.ones(2 * BINS)
+        self._distance = np.zeros((features[-1], BINS), dtype=np.intp)
+        for value, seconds in enumerate(usual_times, features[-1] - len(usual_times)):
+            self._distance[value] = np.arange(BINS) - bin_of(seconds) + BINS
         self.index: list[list[float]] = [[1.0] * BINS for _ in range(count)]
         self.guard = float("inf")
         self.usual = 0.0
@@ -98,20 +109,35 @@ class Survival:
         self._reuses, self._waited = (reuses * DECAY).tolist(), (waited * DECAY).tolist()
 
     def _rates(self, reuses: _Array, waited: _Array, hazard: _Array) -> _Array:
-        """Reuses a second by class and age: from the features, then what the class has of its own, then its age bins.
+        """Reuses a second by class and age: from the features, then what the class has of its own at each age.
 
         The factors depend on each other: a refresh improves each of them once, with the others as they are.
         """
-        rates = np.broadcast_to(hazard, self._shape)
+        rates = hazard * self._by_distance[self._distance]
         for factor in self._factors:
             rates = rates * factor
-        for number, factor in enumerate(self._factors):
-            over = tuple(axis for axis, values in enumerate(factor.shape) if values == 1)
-            seen, expected = reuses.sum(over, keepdims=True), (waited * rates).sum(over, keepdims=True)
-            better = (seen + FEATURE_PRIOR) / (expected / factor + FEATURE_PRIOR)
-            rates = rates * (better / factor)
-            self._factors[number] = better
-        seen, expected = reuses.sum(-1, keepdims=True), (waited * rates).sum(-1, keepdims=True)
-        rates = rates * ((seen + CLASS_PRIOR) / (expected + CLASS_PRIOR))
+        *of_features, by_age = range(len(self._factors))
+        for number in of_features:
+            rates = self._improve(number, FEATURE_PRIOR, reuses, waited, rates)
+        rates = self._improve_by_distance(reuses, waited, rates)
+        rates = self._improve(by_age, AGE_PRIOR, reuses, waited, rates)
         rates_by_age: _Array = (reuses + BIN_PRIOR) / (waited + BIN_PRIOR / rates)
         return rates_by_age
+
+    def _improve(self, number: int, prior: float, reuses: _Array, waited: _Array, rates: _Array) -> _Array:
+        factor = self._factors[number]
+        over = tuple(axis for axis, values in enumerate(factor.shape) if values == 1)
+        seen, expected = reuses.sum(over, keepdims=True), (waited * rates).sum(over, keepdims=True)
+        self._factors[number] = (seen + prior) / (expected / factor + prior)
+        improved: _Array = rates * (self._factors[number] / factor)
+        return improved
+
+    def _improve_by_distance(self, reuses: _Array, waited: _Array, rates: _Array) -> _Array:
+        factor, distance, over = self._by_distance, self._distance, tuple(range(reuses.ndim - 2))
+        seen, expected = (
+            np.bincount(distance.ravel(), each.sum(over).ravel(), len(factor)) for each in (reuses, waited * rates)
+        )
+        self._by_distance = (seen + AGE_PRIOR) / (expected / factor + AGE_PRIOR)
+        self._by_distance[0] = 1.0
+        improved: _Array = rates * (self._by_distance / factor)[distance]
+        return improved
