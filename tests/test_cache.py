@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 import kvkeep
 from blocks import LAYOUT, Sink, Source
 from kvkeep import KVLayout, tiered
+from kvkeep.errors import ConfigError
 from kvkeep.stores.base import Item
 from kvkeep.stores.disk import DiskStore
 from kvkeep.testing.faults import Fault, FaultyStore
@@ -87,6 +89,25 @@ def test_other_layouts_and_tenants_share_nothing() -> None:
     with kvkeep.open(memory="4MiB") as root:
         root.bind(LAYOUT).save(TOKENS, Source(TOKENS))
         assert root.bind(other).match(TOKENS).num_tokens == 0
+
+
+def test_a_caches_namespace_separates_whatever_the_layout_says(tmp_path: Path) -> None:
+    """An engine's author may have forgotten it: then one tenant's blocks must not be another's."""
+    for tenant in (b"", b"a" * 16, b"b" * 16):
+        with kvkeep.open(tmp_path, memory="4MiB", disk="8MiB", namespace=tenant) as root:
+            cache = root.bind(LAYOUT)
+            assert cache.match(TOKENS).num_tokens == 0, "another tenant's blocks"
+            cache.save(TOKENS, Source(TOKENS))
+            assert load(cache, TOKENS) == 20
+            named = replace(LAYOUT, identity=replace(LAYOUT.identity, namespace=tenant))
+            assert root.bind(named).match(TOKENS).num_tokens == 320
+
+
+def test_a_layout_of_another_namespace_is_refused() -> None:
+    other = replace(LAYOUT, identity=replace(LAYOUT.identity, namespace=b"b" * 16))
+    with kvkeep.open(memory="4MiB", namespace=b"a" * 16) as root, pytest.raises(ConfigError, match="namespace") as said:
+        root.bind(other)
+    assert "bbbb" not in str(said.value)
 
 
 @pytest.mark.parametrize("codec", ["raw", "lossless"])

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from kvkeep import frame, labels, quality
 from kvkeep.buffers import BufferPool
-from kvkeep.errors import LayoutError
+from kvkeep.errors import ConfigError, LayoutError
 from kvkeep.events import Counters, Observer
 from kvkeep.keys import BlockKey, Extra, KeyChain, Tokens
 from kvkeep.layout import KVLayout
@@ -157,9 +157,15 @@ class KVCache(ValueFace):
     def bind(self, layout: KVLayout, *, shard: int = 0, description: str = "", priority: int = 0) -> KVCache:
         """The same tiers for blocks of ``layout``; ``description`` is what ``kvkeep stats`` calls the model.
 
-        Of what is saved through caches of different ``priority``, the lower goes first, whatever the policy. Raises
-        :class:`ConfigError` for a lossy codec that is measured to cost this model more than ``max_kl``.
+        Of what is saved through caches of different ``priority``, the lower goes first, whatever the policy. A cache
+        of a ``namespace`` gives it to a layout that has none: whoever builds a layout need not think of tenants. Raises
+        :class:`ConfigError` for a layout of another namespace, and for a lossy codec that is measured to cost this
+        model more than ``max_kl``.
         """
+        if self.namespace and layout.identity.namespace != self.namespace:
+            if layout.identity.namespace:
+                raise ConfigError("this layout's identity has another namespace than the cache that it is bound to")
+            layout = replace(layout, identity=replace(layout.identity, namespace=self.namespace))
         if self.max_kl is not None:
             lossy = {tier.codec.name for tier in self.store.tiers if not tier.codec.lossless}
             quality.check(self.directory or quality.DEFAULT_DIR, layout.identity, sorted(lossy), self.max_kl)
