@@ -36,6 +36,16 @@ def model_key(identity: ModelIdentity) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+def prepare(directory: Path) -> None:
+    """Make the directory. Raises ``OSError`` where :meth:`save` could keep no report."""
+    make_directory(directory)
+    fd, temporary = tempfile.mkstemp(prefix=f".{FILE}-", dir=directory)
+    os.close(fd)
+    os.unlink(temporary)
+    if (directory / FILE).is_dir():
+        raise IsADirectoryError(f"{directory / FILE} is a folder, where the report should be kept")
+
+
 def save(directory: Path, identity: ModelIdentity, report: Mapping[str, Any]) -> Path:
     """Keep ``report``: ``{"model", "date", "codecs": {NAME: {"kl_mean", …}}}``. Codecs measured before stay in it."""
     reports = _read(directory)
@@ -46,9 +56,13 @@ def save(directory: Path, identity: ModelIdentity, report: Mapping[str, Any]) ->
     make_directory(directory)
     path = directory / FILE
     fd, temporary = tempfile.mkstemp(prefix=f".{FILE}-", dir=directory)
-    with open(fd, "w", encoding="utf-8") as stream:
-        json.dump(reports, stream, indent=1)
-    Path(temporary).replace(path)
+    try:
+        with open(fd, "w", encoding="utf-8") as stream:
+            json.dump(reports, stream, indent=1)
+        Path(temporary).replace(path)
+    except OSError:
+        Path(temporary).unlink()
+        raise
     return path
 
 

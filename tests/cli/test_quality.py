@@ -102,6 +102,23 @@ def test_wrong_options_say_so(arguments: list[str], what: str, tmp_path: Path) -
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("where", ["out", "out/quality.json", "out/quality.png", "cache", "cache/quality.json"])
+def test_what_cannot_be_written_is_said_before_anything_is_measured(where: str, tmp_path: Path) -> None:
+    target = tmp_path / where
+    if "/" in where:
+        target.mkdir(parents=True)
+    else:
+        target.write_text("a file where a folder should be")
+    (tmp_path / "texts").write_text(TEXT)
+    status, out, err = run(
+        "--texts", f"{tmp_path}/texts", "--out", f"{tmp_path}/out", "--dir", f"{tmp_path}/cache"
+    )  # fmt: skip
+    assert (status, out) == (2, "")
+    assert where in err.replace("\n", "")
+    assert "loading" not in err
+    assert not list(tmp_path.glob("cache/.*"))
+
+
 def test_texts_that_are_too_short(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "texts").write_text("Hello.")
     status, _, err = run(str(tiny_model), "--texts", f"{tmp_path}/texts", "--out", f"{tmp_path}/out")

@@ -80,7 +80,8 @@ class Model:
             auto: Any = transformers.AutoModelForCausalLM
             self.model: Any = auto.from_pretrained(source, dtype=torch.float32, **options)
         except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
+            lines = str(error).splitlines() or [type(error).__name__]
+            raise ConfigError(f"{name} cannot be loaded: {lines[0]}") from error
         self.kv_dtype = kv_dtype
         self._kv_type: Any = getattr(torch, kv_dtype)
 

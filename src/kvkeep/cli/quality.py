@@ -204,6 +204,14 @@ def quality(
         for each in names:
             registry.lookup("codecs", each)
         prompts = list(losses.default_texts()) if texts is None else texts.read_text(encoding="utf-8").split("\f")
+        # What cannot be written shall say so now, not after minutes of measuring.
+        place = (directory or configured.dir).expanduser()
+        reports.prepare(place)
+        out.mkdir(parents=True, exist_ok=True)
+        for made in (out / "quality.json", out / "quality.png"):
+            made.open("ab").close()
+            if not made.stat().st_size:
+                made.unlink()
         with errors.status("loading the model", spinner="dots") as status:
 
             def progress(text: str) -> None:
@@ -229,9 +237,8 @@ def quality(
             "prompts": count,
             "codecs": {row.codec: asdict(row) for row in rows},
         }
-        place = reports.save((directory or configured.dir).expanduser(), identity, report)
+        place = reports.save(place, identity, report)
         advice = advise(rows, max_kl, 8 * layout.np_dtype.itemsize)
-        out.mkdir(parents=True, exist_ok=True)
         whole = {**report, "codecs": [asdict(row) for row in rows], "max_kl": max_kl, "advice": advice}
         (out / "quality.json").write_text(json.dumps(whole, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     except (KVKeepError, OSError, UnicodeDecodeError) as error:
