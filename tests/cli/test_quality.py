@@ -110,13 +110,18 @@ def test_what_cannot_be_written_is_said_before_anything_is_measured(where: str, 
     else:
         target.write_text("a file where a folder should be")
     (tmp_path / "texts").write_text(TEXT)
-    status, out, err = run(
-        "--texts", f"{tmp_path}/texts", "--out", f"{tmp_path}/out", "--dir", f"{tmp_path}/cache"
-    )  # fmt: skip
+    status, out, err = run("--texts", f"{tmp_path}/texts", "--out", f"{tmp_path}/out", "--dir", f"{tmp_path}/cache")
     assert (status, out) == (2, "")
     assert where in err.replace("\n", "")
     assert "loading" not in err
     assert not list(tmp_path.glob("cache/.*"))
+
+
+def test_texts_in_another_encoding_are_named(tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes("Größe".encode("latin-1"))
+    status, _, err = run("--texts", f"{tmp_path}/latin", "--out", f"{tmp_path}/out", "--dir", f"{tmp_path}/cache")
+    assert status == 2
+    assert f"{tmp_path}/latin:notatextinUTF-8(byte2)" in "".join(err.split())
 
 
 def test_texts_that_are_too_short(tiny_model: Path, tmp_path: Path) -> None:

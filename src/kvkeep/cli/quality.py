@@ -241,7 +241,9 @@ def quality(
         advice = advise(rows, max_kl, 8 * layout.np_dtype.itemsize)
         whole = {**report, "codecs": [asdict(row) for row in rows], "max_kl": max_kl, "advice": advice}
         (out / "quality.json").write_text(json.dumps(whole, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    except (KVKeepError, OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        fail(f"--texts {texts}: not a text in UTF-8 (byte {error.start})")
+    except (KVKeepError, OSError) as error:
         fail(str(error))
     title = f"{Path(name).name}: {count} prompts, KV in {kv_dtype}, blocks of {layout.block_tokens} tokens"
     drawn = False
