@@ -8,6 +8,8 @@ import random
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -122,6 +124,36 @@ def test_the_file_stays_in_its_room_and_forgets_the_oldest(tmp_path: Path) -> No
     assert index.get_many([name(0)]) == [None]
     assert index.get_many([name(2999)])[0] is not None
     index.close()
+
+
+def test_the_log_beside_the_file_stays_in_its_room_while_others_read(tmp_path: Path) -> None:
+    """A reader's snapshot keeps SQLite from starting its log anew: so somebody has to wait for a moment without one."""
+    capacity = 1 << 20
+    index = SqliteIndex(tmp_path, capacity=capacity)
+    index.set_many([Item(name(0), b"x")])
+    done = threading.Event()
+
+    def read(delay: float) -> None:
+        time.sleep(delay)
+        with closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as database:
+            while not done.is_set():
+                database.execute("BEGIN")
+                database.execute("SELECT count(*) FROM entries").fetchall()
+                time.sleep(0.02)
+                database.execute("COMMIT")
+
+    readers = [threading.Thread(target=read, args=(delay,)) for delay in (0.0, 0.007, 0.014)]
+    for reader in readers:
+        reader.start()
+    longest = 0
+    for number in range(60):
+        index.set_many([Item(name(number % 7), b"x" * 50_000)])
+        longest = max(longest, (tmp_path / f"{FILE}-wal").stat().st_size)
+    done.set()
+    for reader in readers:
+        reader.join()
+    index.close()
+    assert longest <= capacity // 2
 
 
 def test_entries_outlive_the_process_and_others_see_them(tmp_path: Path) -> None:

@@ -239,7 +239,15 @@ class SqliteIndex(Index):
                 with suppress(sqlite3.Error):
                     database.execute("ROLLBACK")
                 raise
+            self._cut_log(database)
             return made
+
+    def _cut_log(self, database: sqlite3.Connection) -> None:
+        """SQLite starts its log anew only in a moment without readers. Where there are always some it grew to 13 times
+        the capacity, so whoever finds it too long waits for them."""
+        with suppress(OSError, sqlite3.OperationalError):  # what was written is written
+            if os.stat(f"{self._path}-wal").st_size > self._pages // 4 * PAGE_NBYTES:
+                database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def _open(self) -> sqlite3.Connection:
         if self._closed:
