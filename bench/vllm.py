@@ -148,12 +148,20 @@ class Row:
         self.cpu: list[float] = []
         self.cached: list[int] = []
         self.tokens: list[list[list[int]]] = []
+        self.ratios: list[tuple[float, float]] = []
 
-    def add(self, answer: dict[str, Any], background: float = 0.0) -> None:
+    def add(self, answer: dict[str, Any], base: dict[str, Any] | None = None) -> None:
+        """``base``: what it is compared with, asked beside it."""
         self.wall.append(answer["wall"])
-        self.cpu.append(answer["cpu"] + background)
+        self.cpu.append(answer["cpu"])
         self.cached += answer["cached"]
         self.tokens.append(answer["tokens"])
+        if base is not None:
+            self.ratios.append((answer["wall"] / base["wall"], answer["cpu"] / base["cpu"]))
+
+    def ratio(self, which: int) -> str:
+        """The median of the pairs': of wall seconds (0) or of CPU seconds (1)."""
+        return f"{statistics.median(pair[which] for pair in self.ratios):.3f}" if self.ratios else "1"
 
 
 def drop(directory: Path) -> None:
@@ -235,15 +243,20 @@ def latency(repeats: int, place: Path, log: Path, lmcache: Path | None) -> list[
                 savers = [first, *(others.enter_context(engine(name)) for name in keepers[1:])]
                 warm_up([alone, *savers], ids)
                 for number, prompt in enumerate(asked):
-                    row("cold").add(alone.ask(prompt), alone.settle())
-                    for saver in savers if number % 2 else savers[::-1]:
-                        row(f"cold, {saver.name} saves").add(saver.ask(prompt), saver.settle())
+                    got = {}
+                    for each in [alone, *savers] if number % 2 else [*savers[::-1], alone]:
+                        got[each.name] = each.ask(prompt)
+                        got[each.name]["cpu"] += each.settle()
+                    row("cold").add(got[alone.name])
+                    for saver in savers:
+                        row(f"cold, {saver.name} saves").add(got[saver.name], got[alone.name])
             step("a second server")
             with engine("kvkeep") as second:
                 warm_up([second], ids)
                 for prompt in asked:
-                    row("own prefix cache").add(alone.ask(prompt))
-                    row("kvkeep: second server").add(second.ask(prompt))
+                    hit = alone.ask(prompt)
+                    row("own prefix cache").add(hit)
+                    row("kvkeep: second server").add(second.ask(prompt), hit)
         for cache in ("warm", "cold"):
             for name in keepers:
                 step(f"{name}: restart, page cache {cache}")
@@ -252,27 +265,24 @@ def latency(repeats: int, place: Path, log: Path, lmcache: Path | None) -> list[
                     for prompt in asked:
                         if cache == "cold":
                             drop(place)
-                        row("own prefix cache").add(alone.ask(prompt))
-                        row(f"{name}: restart, page cache {cache}").add(again.ask(prompt))
+                        hit = alone.ask(prompt)
+                        row("own prefix cache").add(hit)
+                        row(f"{name}: restart, page cache {cache}").add(again.ask(prompt), hit)
     return [line(name, each, rows) for name, each in rows.items()]
 
 
 def line(name: str, row: Row, rows: dict[str, Row]) -> list[str]:
-    """A row of the table; ratios are those of the medians."""
-    base = rows["cold" if name.startswith("cold") else "own prefix cache"]
+    """A row of the table."""
     same = [token for tokens in rows["cold"].tokens for token in tokens]
     asked = len(same)
     equal = sum(tokens[0] == same[at % asked] for at, tokens in enumerate(row.tokens))
 
-    def ratio(mine: list[float], other: list[float]) -> str:
-        return f"{statistics.median(mine) / statistics.median(other):.3f}"
-
     return [
         name,
         f"{min(row.wall):.3f} / {statistics.median(row.wall):.3f}",
-        ratio(row.wall, base.wall),
+        row.ratio(0),
         f"{min(row.cpu):.2f} / {statistics.median(row.cpu):.2f}",
-        ratio(row.cpu, base.cpu),
+        row.ratio(1),
         f"{PROMPT - min(row.cached):,}",
         f"{equal}/{len(row.tokens)}",
     ]
@@ -343,7 +353,9 @@ def main() -> None:
                 ["case", "wall s", "×", "CPU s", "× ", "tokens computed", "same token"],
                 latency(given.repeats, place, log, given.lmcache),
             )
-            console.print("×: to `cold` for the cold rows, to `own prefix cache` for all others.")
+            console.print(
+                "×: to `cold` for the cold rows, else to `own prefix cache`; medians of pairs asked in turns."
+            )
         if given.only != "latency":
             show(
                 "vllm-throughput",

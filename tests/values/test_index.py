@@ -156,6 +156,27 @@ def test_the_log_beside_the_file_stays_in_its_room_while_others_read(tmp_path: P
     assert longest <= capacity // 2
 
 
+def test_a_reader_that_stays_holds_up_one_write_not_all(tmp_path: Path) -> None:
+    index = SqliteIndex(tmp_path, capacity=1 << 20)
+    index.set_many([Item(name(0), b"x")])
+    assert index._connection is not None
+    said: list[str] = []
+    index._connection.set_trace_callback(said.append)
+    log = tmp_path / f"{FILE}-wal"
+    with closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM entries").fetchall()
+        for number in range(40):
+            index.set_many([Item(name(number % 7), b"x" * 50_000)])
+        assert log.stat().st_size > 1 << 20
+        assert sum("wal_checkpoint" in each for each in said) == 1
+        reader.execute("COMMIT")
+    index._cut_after = 0.0  # the time is over
+    index.set_many([Item(name(1), b"x" * 50_000)])
+    assert log.stat().st_size <= 1 << 18
+    index.close()
+
+
 def test_entries_outlive_the_process_and_others_see_them(tmp_path: Path) -> None:
     index = SqliteIndex(tmp_path)
     index.set_many([Item(name(1), b"one")])

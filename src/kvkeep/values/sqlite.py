@@ -27,6 +27,8 @@ FILE = "values.sqlite"
 PAGE_NBYTES = 4096
 MIN_PAGES = 24
 BUSY_SECONDS = 0.5
+CUT_SECONDS = 10.0
+"""Between attempts to cut the log where a reader stays."""
 IN_LIST = 500
 """Names in one question."""
 
@@ -54,6 +56,7 @@ class SqliteIndex(Index):
         self._pages = max(capacity * 4 // 5 // PAGE_NBYTES, MIN_PAGES)
         self._clock = clock
         self._closed = False
+        self._cut_after = 0.0
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._file: tuple[int, int] | None = None
@@ -246,8 +249,13 @@ class SqliteIndex(Index):
         """SQLite starts its log anew only in a moment without readers. Where there are always some it grew to 13 times
         the capacity, so whoever finds it too long waits for them."""
         with suppress(OSError, sqlite3.OperationalError):  # what was written is written
-            if os.stat(f"{self._path}-wal").st_size > self._pages // 4 * PAGE_NBYTES:
-                database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            too_long = os.stat(f"{self._path}-wal").st_size > self._pages // 4 * PAGE_NBYTES
+            if too_long and time.monotonic() >= self._cut_after:
+                # A reader that does not end, as in a process that was stopped, shall not hold up every write.
+                self._cut_after = time.monotonic() + CUT_SECONDS
+                ((busy, _, _),) = database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                if not busy:
+                    self._cut_after = 0.0
 
     def _open(self) -> sqlite3.Connection:
         if self._closed:
