@@ -256,8 +256,9 @@ class Tier:
         if first:
             log.warning("tier %s: blocks that cannot be used are left alone: %s", self.name, why)
 
-    def maintain(self) -> None:
-        """From the background, about once a second: probe what failed, delete what is too old, keep house."""
+    def maintain(self) -> bool:
+        """From the background, about once a second: probe what failed, delete what is too old, keep house. Does the
+        store want to be called again soon?"""
         self.breaker.probe(self.store.ping)
         self.writing.probe(self.store.ping_writes)
         if self.ttl is not None:
@@ -268,7 +269,7 @@ class Tier:
                 if self.delete(key):
                     self._observer.event("evict", tier=self.name, cause="expired")
         self._label()
-        self.store.maintain()
+        return self.store.maintain()
 
     def after_fork(self) -> None:
         self.store.after_fork()

@@ -40,6 +40,10 @@ BATCH_NBYTES = 8 << 20
 
 IDLE_SECONDS = 1.0
 
+SOON_SECONDS = 0.02
+"""Between two rounds of housekeeping while a store has more to do, or a load is under way that it would be in the way
+of: touching fresh memory takes a core."""
+
 READERS = 4
 """Loads from below memory that can be read ahead at once; each reads one batch ahead of what it hands out."""
 
@@ -145,7 +149,8 @@ class TieredStore:
     def _start(self) -> None:
         for tier in self.tiers:
             tier.breaker.on_open = tier.writing.on_open = self.start  # somebody has to probe it
-        self._maintain_at = 0.0
+        self._maintain_at = self._maintain_by = 0.0
+        self._loads = 0  # under way
         self._pool = BufferPool()
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="kvkeep-read")  # makes threads when needed
         self._openers = ThreadPoolExecutor(OPENERS, thread_name_prefix="kvkeep-open")
@@ -183,6 +188,8 @@ class TieredStore:
         """Index and decoded payload of each block in order, up to the first lost one. Views die at the next step."""
         spans = deque(_spans(places, max(1, BATCH_NBYTES // layout.block_nbytes)))
         ahead: _Reading | None = None
+        with self._wake:
+            self._loads += 1
         try:
             while spans:
                 span = spans.popleft()
@@ -206,6 +213,8 @@ class TieredStore:
                 if found < span.end:
                     spans.appendleft(_Span(found, span.end, span.tier))
         finally:
+            with self._wake:
+                self._loads = max(0, self._loads - 1)  # a fork forgot them
             if ahead is not None:
                 ahead.discard()
 
@@ -551,11 +560,11 @@ class TieredStore:
         return bool(self._queue)
 
     def step(self) -> bool:
-        """Write the next few blocks, or wait a second and do the housekeeping; False once closed."""
+        """Write the next few blocks, or wait until it is time for the housekeeping; False once closed."""
         with self._wake:
             if not self._take_due() and not self._closed:
-                due = self._later[0][0] - time.monotonic() if self._later else IDLE_SECONDS
-                self._wake.wait(min(IDLE_SECONDS, max(0.0, due)))
+                due = min(self._later[0][0], self._maintain_at) if self._later else self._maintain_at
+                self._wake.wait(max(0.0, due - time.monotonic()))
                 self._take_due()
             batch: list[_Write] = []
             while self._queue and sum(write.nbytes for write in batch) < BATCH_NBYTES:
@@ -577,13 +586,22 @@ class TieredStore:
                     self._writing = self._stuck = False
                     self._batches += 1
                     self._wake.notify_all()
-        if not batch or time.monotonic() >= self._maintain_at:
-            for tier in self.tiers:
-                tier.maintain()
-            for work in self.upkeep:
-                work()
-            self._maintain_at = time.monotonic() + IDLE_SECONDS
+        self._keep_house()
         return not self._closed
+
+    def _keep_house(self) -> None:
+        now = time.monotonic()
+        if now < self._maintain_at:
+            return
+        if self._loads and now < self._maintain_by:
+            self._maintain_at = now + SOON_SECONDS
+            return
+        more = [tier.maintain() for tier in self.tiers]
+        for work in self.upkeep:
+            work()
+        now = time.monotonic()
+        self._maintain_at = now + (SOON_SECONDS if any(more) else IDLE_SECONDS)
+        self._maintain_by = now + 2 * IDLE_SECONDS
 
     def _write(self, batch: list[_Write]) -> None:
         source, target = batch[0].source, batch[0].target

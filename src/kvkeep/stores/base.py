@@ -127,8 +127,10 @@ class Store(ABC):
         """Make ``owner`` the one who evicts here, and tell it what is there."""
         owner.gained(list(self.items()))
 
-    def maintain(self) -> None:  # noqa: B027
-        """Called about once a second from a background thread: housekeeping that must not fall into a request."""
+    def maintain(self) -> bool:
+        """Called about once a second from a background thread: housekeeping that must not fall into a request. Is there
+        more to do, so that it should be called again soon, though not while somebody loads?"""
+        return False
 
     def after_fork(self) -> None:  # noqa: B027
         """Called in a forked child, which has one thread: drop what belongs to the parent and start clean."""

@@ -263,20 +263,21 @@ class DiskStore(Store):
             self._owner = owner
             owner.gained([(key, place[2]) for key, place in self._own.items()])
 
-    def maintain(self) -> None:
+    def maintain(self) -> bool:
         """Hand half of the slabs over when another process has asked for some."""
         want = self.path / "want"
         if self._read_only or self._closed:
-            return
+            return False
         with self._lock, suppress(OSError):  # also a directory that may no longer be read
             status = want.lstat()
             if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-                return
+                return False
             mine = [slab for slab in self._slabs.values() if slab.owned and not slab.busy]
             for slab in mine[: len(mine) // 2]:
                 self._release(slab)
             if len(mine) >= 2:
                 want.unlink(missing_ok=True)
+        return False
 
     def close(self) -> None:
         with self._lock:

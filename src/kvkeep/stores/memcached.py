@@ -216,9 +216,10 @@ class MemcachedStore(Store):
 
         return bool(self.ask([key], self.save_timeout, work)[0])
 
-    def maintain(self) -> None:
+    def maintain(self) -> bool:
         for name in list(self._down):
             self._probe(name)
+        return False
 
     def after_fork(self) -> None:
         for node in self._nodes.values():

@@ -21,6 +21,8 @@ UNIT = 512
 """Allocation unit: a multiple of 64, so that a frame's payload is aligned for vector loads."""
 
 TOUCH_AHEAD_NBYTES = 256 << 20
+TOUCH_NBYTES = 16 << 20
+"""Bytes that are touched by one :meth:`MemoryStore.maintain`."""
 
 
 class _Slot:
@@ -150,16 +152,14 @@ class MemoryStore(Store):
         with self._lock:
             return iter([(key, slot.nbytes) for key, slot in self._slots.items()])
 
-    def maintain(self) -> None:
+    def maintain(self) -> bool:
         """Touch pages ahead of their use: fresh ones would cost a save ten times the copy."""
         goal = min(self._used + TOUCH_AHEAD_NBYTES, self.capacity or 0)
-        step = 16 << 20
-        while self._touched < goal and not self._closed:
-            nbytes = min(step, goal - self._touched)
-            if populate(self._region, self._touched, nbytes):
-                self._touched += nbytes
-            else:
-                return
+        nbytes = min(TOUCH_NBYTES, goal - self._touched)
+        if nbytes <= 0 or self._closed or not populate(self._region, self._touched, nbytes):
+            return False
+        self._touched += nbytes
+        return self._touched < goal
 
     def after_fork(self) -> None:
         self._open(self.capacity or 0)

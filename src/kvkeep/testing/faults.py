@@ -83,8 +83,8 @@ class FaultyStore(Store):
     def attach(self, owner: Owner) -> None:
         self.inner.attach(owner)
 
-    def maintain(self) -> None:
-        self.inner.maintain()
+    def maintain(self) -> bool:
+        return self.inner.maintain()
 
     def after_fork(self) -> None:
         self.inner.after_fork()
