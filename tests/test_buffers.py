@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import threading
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvkeep.buffers import PAGE, BufferPool, anonymous, as_bytes, nbytes_of, round_up
+from kvkeep.buffers import HUGE_PAGE, PAGE, BufferPool, anonymous, as_bytes, nbytes_of, populate, round_up
 
 
 def test_as_bytes_is_flat_and_no_copy() -> None:
@@ -46,6 +49,30 @@ def test_anonymous_memory_is_aligned_and_zero() -> None:
         assert len(region) == nbytes
         assert bytes(region) == bytes(nbytes)
         assert nbytes == 0 or np.frombuffer(region, np.uint8).ctypes.data % PAGE == 0
+
+
+def test_memory_is_touched_in_small_pieces_and_keeps_its_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    region = mmap.mmap(-1, 4 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    region.madvise(mmap.MADV_NOHUGEPAGE)
+    region[PAGE : PAGE + 4] = b"here"
+    libc = ctypes.CDLL(None, use_errno=True)
+    asked: list[int] = []
+
+    def madvise(start: int, nbytes: int, advice: int) -> int:
+        asked.append(nbytes)
+        return int(libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), advice))
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(madvise=madvise))
+    if not populate(region, PAGE, 3 * HUGE_PAGE):
+        pytest.skip("a kernel before 5.14")
+    assert max(asked) <= HUGE_PAGE
+    assert sum(asked) == 3 * HUGE_PAGE
+    there = (ctypes.c_ubyte * (4 * HUGE_PAGE // PAGE))()
+    anchor = ctypes.c_char.from_buffer(region)
+    assert libc.mincore(ctypes.c_void_p(ctypes.addressof(anchor)), ctypes.c_size_t(4 * HUGE_PAGE), there) == 0
+    del anchor
+    assert [page & 1 for page in there] == [0] + [1] * (3 * HUGE_PAGE // PAGE) + [0] * (HUGE_PAGE // PAGE - 1)
+    assert region[PAGE : PAGE + 4] == b"here"
 
 
 def test_a_buffer_comes_back() -> None:

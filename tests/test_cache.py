@@ -16,10 +16,16 @@ import pytest
 import kvkeep
 from blocks import LAYOUT, Sink, Source
 from kvkeep import KVLayout, tiered
+from kvkeep.codecs.raw import Raw
 from kvkeep.errors import ConfigError
+from kvkeep.events import Counters
+from kvkeep.opening import codec_named
+from kvkeep.policies.lru import LRU
 from kvkeep.stores.base import Item
 from kvkeep.stores.disk import DiskStore
+from kvkeep.stores.memory import MemoryStore
 from kvkeep.testing.faults import Fault, FaultyStore
+from kvkeep.tier import Tier
 
 TOKENS = list(range(16 * 20 + 5))
 
@@ -385,3 +391,32 @@ def test_a_cache_closed_under_a_load_only_ends_it(tmp_path: Path, codec: str) ->
     with cache.lease(cache.match(tokens)) as lease:
         assert cache.load(lease, sink) == 16 * sink.check(tokens)
     assert 0 < len(sink.got) < 3000
+
+
+def test_housekeeping_goes_on_while_there_is_more_to_do_but_not_beside_a_load() -> None:
+    """Touching fresh memory takes a core, and holds up whoever maps some."""
+    rounds = []
+
+    class Busy(MemoryStore):
+        def maintain(self) -> bool:
+            rounds.append(time.monotonic())
+            return True
+
+    counters = Counters()
+    tier = Tier("memory", Busy(1 << 20), policy=LRU, codec=Raw(), observer=counters, trusted=True)
+    store = tiered.TieredStore([tier], codec=codec_named, observer=counters)
+    tokens = list(range(64))
+    with kvkeep.KVCache(store, counters=counters, observer=counters).bind(LAYOUT) as cache:
+        cache.save(tokens, Source(tokens))
+        keys = Source(tokens).keys
+        for _ in range(3):  # no thread: each step waits until it is due
+            store.step()
+        assert len(rounds) == 3
+        blocks = store.blocks(keys, store.locate(keys), LAYOUT)
+        next(blocks)
+        store.step()
+        store.step()
+        assert len(rounds) == 3
+        blocks.close()
+        store.step()
+        assert len(rounds) == 4

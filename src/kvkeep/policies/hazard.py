@@ -6,6 +6,9 @@ one that it extends, how many times that went on, how long it took, how much is 
 or not, and from that an index at each age; the lowest goes first. Related: LHD (N. Beckmann, H. Chen, A. Cidon, "LHD:
 improving cache hit rate by maximizing hit density", NSDI 2018), which ranks by reuse per time held as well.
 
+What several conversations begin with (a system prompt, a document) is used by each of them, and is worth keeping when
+none of them goes on. So such a beginning has turns of its own, one for each use, and learns apart from conversations.
+
 Victims are leaves: a block goes after those that follow it. A leaf older than nearly all reuses that were seen goes
 before all others (so that it is never much worse than LRU). A new block that is worth less than the victim it would
 need is not admitted; if that is still young, it has to be worth clearly more.
@@ -31,9 +34,13 @@ GAPS = 8.0, 25.0, 70.0, 200.0
 USUAL_GAPS = 3.0, 14.0, 42.0, 130.0, 350.0
 """What stands for each class of those: the next turn often takes about as long."""
 FEATURES = len(TURNS) + 1, len(NEW_BLOCKS) + 1, len(LENGTHS) + 1 + len(GAPS) + 1
+SHARED_FEATURES = len(TURNS) + 1, 1 + len(GAPS) + 1
+"""Of a beginning: how many uses it has had, and nothing, or how long the last ones took."""
+BRANCHES = 3
+"""Blocks that follow one at which a prompt turns off: from so many on it ends a shared beginning."""
 REFRESH = 20
 """Requests after which there is enough news to compute the index again."""
-NEWCOMER = 0.75
+NEWCOMER = 0.85
 """What the index of a new block counts for beside that of one that still waits for its time (most reuses come later).
 An index supposes that a block is kept for as long as that pays; where room is short it often is not, and then each has
 pushed out the other for nothing."""
@@ -44,21 +51,29 @@ SPARE = 1 << 10
 
 
 class _Turn:
-    """One request. ``gap`` is a mean of what the last two turns took, ``last_gap`` the last; -1 at the first."""
+    """One request, or one use of a shared beginning. ``gap``: a mean of what the last two turns took, ``last_gap`` the
+    last; -1 at the first. ``kind``: its class in ``table``; ``heap``: the number of that among all classes."""
 
-    __slots__ = ("asked", "blocks", "done", "gap", "ghost", "hits", "kind", "last_gap", "now", "number", "turns")
+    __slots__ = (
+        "asked", "blocks", "done", "found", "gap", "ghost", "heap", "hits", "kind", "last_gap", "later", "now",
+        "number", "shared", "table", "turns",
+    )  # fmt: skip
 
-    def __init__(self, number: int, access: Access) -> None:
+    def __init__(self, number: int, now: float, blocks: int, hits: int, table: Survival) -> None:
         self.number = number
-        self.now = access.now
-        self.blocks = access.prompt_blocks
-        self.hits = access.hit_blocks
+        self.now = now
+        self.blocks = blocks
+        self.hits = hits
+        self.table = table
         self.turns = 0
         self.gap = self.last_gap = -1.0
-        self.kind = 0
+        self.kind = self.heap = 0
         self.asked = False  # has it come to storing what was missing?
         self.done = False  # was it extended?
         self.ghost: BlockKey | None = None  # the first of its blocks that is not resident
+        self.found: _Turn | None = None  # whose the deepest of the found blocks was
+        self.shared: _Turn | None = None  # of a request: the beginning that it has in common with others …
+        self.later: _Turn | None = None  # … and of that the next use
 
 
 class _Block(NamedTuple):
@@ -83,6 +98,7 @@ class Hazard(EvictionPolicy):
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
         self._survival = Survival(*FEATURES, usual_times=USUAL_GAPS)
+        self._shared = Survival(*SHARED_FEATURES, usual_times=USUAL_GAPS)  # of beginnings
         self._blocks: dict[BlockKey, _Block] = {}
         self._children: dict[BlockKey, int] = {}  # how many resident ones a block has
         self._leaves: dict[int, list[_Leaf]] = {}
@@ -90,25 +106,29 @@ class Hazard(EvictionPolicy):
         self._ranked_at = -1.0
         self._due = self._wanted = False  # is there news for the index, and has it been of use since the last?
         self._ghosts: dict[BlockKey, _Turn] = {}
+        self._requests = 0
         self._turns: list[_Turn] = []
         self._forgotten = 0  # turns that are no longer in that list
         self._aged = [0] * BINS  # for each age bin the number of the first turn that has not passed it
         self._current: _Turn | None = None
+        self._current_at = 0.0  # when that came, or came again to store what was missing
         self._tip: BlockKey | None = None  # the last resident block of the request that is being admitted
         self._now = 0.0
         self._used = self._promised = self._inserted = 0
+        self._evicted = False  # was that the last removal, so that there is no more room than for …
+        self._most = 0  # … the most bytes since then? (A medium has room for a little less than its capacity.)
 
     # The owner's calls
 
     def admit(self, key: BlockKey, nbytes: int, access: Access) -> bool:
         turn = self._request(key, access)
-        if self._used + self._promised + nbytes > self.capacity:
+        if self._is_full(nbytes):
             tip = self._tip
             victim = self.victim(lambda candidate: candidate != tip)
             if victim is not None:
                 held = self._blocks[victim].turn
-                waits = self._now - held.now < self._survival.usual
-                worth = self._survival.index[turn.kind][0] * (NEWCOMER if waits else 1.0)
+                waits = self._now - held.now < held.table.usual
+                worth = turn.table.index[turn.kind][0] * (NEWCOMER if waits else 1.0)
                 if worth < self._rank_of(held):
                     self._haunt(turn, key)
                     return False
@@ -122,6 +142,7 @@ class Hazard(EvictionPolicy):
             ghost.ghost = None
         self._promised = max(0, self._promised - nbytes)
         self._used += nbytes
+        self._most = max(self._most, self._used)
         self._inserted += 1
         self._blocks[key] = _Block(turn, access.position, access.parent, nbytes, self._inserted)
         if access.parent is not None:
@@ -140,9 +161,12 @@ class Hazard(EvictionPolicy):
         block = self._blocks.pop(key, None)
         if block is None:
             return
-        self._used -= block.nbytes
         if evicted:
+            if not self._evicted:
+                self._most = self._used
             self._haunt(block.turn, key)
+        self._evicted = evicted
+        self._used -= block.nbytes
         parent = block.parent
         if parent is not None:
             left = self._children[parent] - 1
@@ -181,25 +205,29 @@ class Hazard(EvictionPolicy):
     def __len__(self) -> int:
         return len(self._blocks)
 
+    def _is_full(self, nbytes: int) -> bool:
+        needed = self._used + self._promised + nbytes
+        return needed > self.capacity or (self._evicted and needed > self._most)
+
     # Leaves by index
 
-    def _holds(self, leaf: _Leaf, kind: int) -> bool:
+    def _holds(self, leaf: _Leaf, heap: int) -> bool:
         block = self._blocks.get(leaf[-1])
         return (
             block is not None
             and block.turn.number == leaf[0]
-            and block.turn.kind == kind
+            and block.turn.heap == heap
             and leaf[-1] not in self._children
         )
 
     def _offer(self, leaf: _Leaf, turn: _Turn) -> None:
-        heap = self._leaves.setdefault(turn.kind, [])
+        heap = self._leaves.setdefault(turn.heap, [])
         if len(heap) > 2 * len(self._blocks) + SPARE:  # each touch leaves an outdated entry
-            heap[:] = {each for each in heap if self._holds(each, turn.kind)}
+            heap[:] = {each for each in heap if self._holds(each, turn.heap)}
             heapify(heap)
         heappush(heap, leaf)
         if heap[0] is leaf and self._ranked_at == self._now:
-            heappush(self._ranked, (self._rank_of(turn), leaf, turn.kind))
+            heappush(self._ranked, (self._rank_of(turn), leaf, turn.heap))
 
     def _rank(self) -> None:
         self._wanted = True
@@ -218,6 +246,7 @@ class Hazard(EvictionPolicy):
         self._due = self._wanted = False
         self._ranked_at = -1.0
         self._survival.refresh()
+        self._shared.refresh()
 
     def _rank_class(self, kind: int) -> None:
         """Rank the oldest leaf of a class."""
@@ -231,64 +260,122 @@ class Hazard(EvictionPolicy):
 
     def _rank_of(self, turn: _Turn) -> float:
         age = self._now - turn.now
-        return -1.0 if age > self._survival.guard else self._survival.index[turn.kind][bin_of(age)]
+        return -1.0 if age > turn.table.guard else turn.table.index[turn.kind][bin_of(age)]
 
     # Turns
 
     def _request(self, key: BlockKey, access: Access) -> _Turn:
-        """The turn that the access belongs to; a new one if it is the first of its request."""
+        """The turn that the block belongs to: its request's, a new one if it is the first of that, or that of the
+        beginning which the request shares with others."""
         turn = self._current
         missing = access.position >= access.hit_blocks
-        if turn is None or turn.now != access.now or (turn.blocks, turn.hits) != access[2:4]:
+        if turn is None or self._current_at != access.now or (turn.blocks, turn.hits) != access[2:4]:
             turn = self._same_request(access) if missing else None
             if turn is None:
                 turn = self._begin(access)
-            self._current = turn
+            self._current, self._current_at = turn, access.now
             self._promised = 0
             self._tip = access.parent if missing else key
         if missing:
             if not turn.asked:
                 turn.asked = True
                 self._extend(turn, key, access)
-        elif access.position == access.hit_blocks - 1 and not turn.asked:
-            self._extend(turn, key, access)
-        return turn
+                self._settle(turn, access.parent)
+        elif access.position == turn.hits - 1 and not turn.asked:
+            if turn.hits == turn.blocks:
+                self._extend(turn, key, access)
+            elif key in self._blocks:  # what it extends will show when it stores what is missing
+                turn.found = self._blocks[key].turn
+        shared = turn.shared
+        return turn if shared is None or access.position >= shared.blocks else shared
 
     def _same_request(self, access: Access) -> _Turn | None:
-        """The turn that touched the found blocks a while ago, if what was missing is now stored."""
+        """The turn that touched the found blocks a while ago, if what was missing, or was decoded since, is now
+        stored."""
         above = self._blocks.get(access.parent) if access.parent is not None else None
-        if above is not None and not above.turn.asked and (above.turn.blocks, above.turn.hits) == access[2:4]:
-            return above.turn
-        return None
+        turn = above.turn if above is not None else None
+        if turn is None or turn.asked or turn.hits != access.hit_blocks or turn.hits == turn.blocks:
+            return None
+        turn.blocks = access.prompt_blocks
+        return turn
 
     def _begin(self, access: Access) -> _Turn:
         self._now = max(self._now, access.now)
-        number = self._forgotten + len(self._turns)
-        if number % REFRESH == 0:
+        if self._requests % REFRESH == 0:
             self._age()
             self._due = True
             if self._wanted:
                 self._learn()
-        turn = _Turn(number, access)
+        self._requests += 1
+        turn = self._turn(access.now, access.prompt_blocks, access.hit_blocks, self._survival)
+        self._classify(turn, turn.blocks)
+        return turn
+
+    def _turn(self, now: float, blocks: int, hits: int, table: Survival) -> _Turn:
+        turn = _Turn(self._forgotten + len(self._turns), now, blocks, hits, table)
         self._turns.append(turn)
-        turn.kind = self._kind(turn, turn.blocks)
         return turn
 
     def _extend(self, turn: _Turn, key: BlockKey, access: Access) -> None:
-        """Find the turn that this one extends, by the deepest block that is known."""
+        """Find the turn that this one extends, by the deepest block that is known; or else a beginning that it shares
+        with that one."""
         earlier = self._ghosts.get(key)
         known = access.position
+        turns_off = False
         if earlier is not None:  # what follows is not asked for yet: as far as the earlier prompt went
             known = min(turn.blocks, max(known + 1, earlier.blocks))
         else:
+            deepest = access.parent
             if key in self._blocks:
+                deepest = key
                 known += 1
-            deepest = self._blocks.get(key) or (self._blocks.get(access.parent) if access.parent is not None else None)
-            earlier = deepest.turn if deepest is not None else None
-        if earlier is None or earlier is turn or 2 * known < earlier.blocks or (known < 2 and turn.blocks > 1):
-            if turn.turns == 0:
-                turn.kind = self._kind(turn, turn.blocks - known)
+            if deepest is not None and deepest in self._blocks:
+                earlier = self._blocks[deepest].turn
+                if earlier is turn:
+                    earlier = turn.found
+                if earlier is not None:
+                    turns_off = known < earlier.blocks and self._children.get(deepest, 0) >= BRANCHES
+        if (
+            earlier is None
+            or earlier.table is self._shared
+            or turns_off
+            or 2 * known < earlier.blocks
+            or (known < 2 and turn.blocks > 1)
+        ):
+            self._classify(turn, turn.blocks - known)
+            if earlier is not None:
+                self._share(turn, earlier, known)
             return
+        if earlier.shared is not None:
+            self._share(turn, earlier.shared, earlier.shared.blocks)
+        self._follow(turn, earlier)
+        self._classify(turn, turn.blocks - known)
+
+    def _share(self, turn: _Turn, before: _Turn, blocks: int) -> None:
+        """The first ``blocks`` of ``turn`` are others' as well, of whom ``before`` is the last, or an earlier one."""
+        while before.later is not None:
+            before = before.later
+        shared = turn.shared = self._turn(turn.now, blocks, blocks, self._shared)
+        if before.table is self._shared:
+            before.later = shared
+            self._follow(shared, before)
+        self._classify(shared, 0)
+
+    def _settle(self, turn: _Turn, key: BlockKey | None) -> None:
+        """Place the blocks up to ``key`` that were touched before it was known what this turn is."""
+        shared = turn.shared
+        while key is not None:
+            block = self._blocks.get(key)
+            if block is None or block.turn is not turn:
+                return
+            if shared is not None and block.position < shared.blocks:
+                block = self._blocks[key] = block._replace(turn=shared)
+            if key not in self._children:
+                self._offer((block.turn.number, -block.position, block.order, key), block.turn)
+            key = block.parent if shared is not None else None
+
+    def _follow(self, turn: _Turn, earlier: _Turn) -> None:
+        """Learn that ``earlier`` is used again now, by ``turn``."""
         gap = max(0.0, turn.now - earlier.now)
         if not earlier.done:
             earlier.done = True
@@ -296,18 +383,21 @@ class Hazard(EvictionPolicy):
                 weight = earlier.blocks**0.5
                 for at in range(bin_of(gap)):
                     if earlier.number >= self._aged[at]:  # not told of yet
-                        self._survival.wait(earlier.kind, at, weight)
-                self._survival.reuse(earlier.kind, gap, weight)
+                        earlier.table.wait(earlier.kind, at, weight)
+                earlier.table.reuse(earlier.kind, gap, weight)
         turn.turns = earlier.turns + 1
         turn.last_gap = gap
         turn.gap = gap if earlier.last_gap < 0 else ((gap + 0.5) * (earlier.last_gap + 0.5)) ** 0.5
-        turn.kind = self._kind(turn, turn.blocks - known)
 
-    @staticmethod
-    def _kind(turn: _Turn, new_blocks: int) -> int:
-        last = bisect_right(LENGTHS, turn.blocks) if turn.gap < 0 else len(LENGTHS) + 1 + bisect_right(GAPS, turn.gap)
-        _, of_new, of_last = FEATURES
-        return (bisect_right(TURNS, turn.turns) * of_new + bisect_right(NEW_BLOCKS, new_blocks)) * of_last + last
+    def _classify(self, turn: _Turn, new_blocks: int) -> None:
+        turns, of_gap = bisect_right(TURNS, turn.turns), bisect_right(GAPS, turn.gap)
+        if turn.table is self._shared:
+            turn.kind = turns * SHARED_FEATURES[-1] + (0 if turn.gap < 0 else 1 + of_gap)
+            turn.heap = -1 - turn.kind
+        else:
+            last = bisect_right(LENGTHS, turn.blocks) if turn.gap < 0 else len(LENGTHS) + 1 + of_gap
+            _, of_new, of_last = FEATURES
+            turn.kind = turn.heap = (turns * of_new + bisect_right(NEW_BLOCKS, new_blocks)) * of_last + last
 
     def _haunt(self, turn: _Turn, key: BlockKey) -> None:
         """Remember the first block of ``turn`` that is not resident: whoever extends it will ask for that one."""
@@ -330,7 +420,7 @@ class Hazard(EvictionPolicy):
             while number < end and self._turns[number - self._forgotten].now <= until:
                 turn = self._turns[number - self._forgotten]
                 if not turn.done:
-                    self._survival.wait(turn.kind, at, turn.blocks**0.5)
+                    turn.table.wait(turn.kind, at, turn.blocks**0.5)
                 number += 1
             self._aged[at] = number
         if len(self._turns) > MAX_TURNS + MAX_TURNS // 4:
