@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import heapq
+import random
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import kvkeep
+from blocks import LAYOUT
+from kvkeep import registry
+from kvkeep.frame import HEADER_NBYTES
+from kvkeep.keys import BlockKey
+from kvkeep.policies.base import EvictionPolicy
+from kvkeep.policies.hazard import Hazard
 from kvkeep.policies.lru import LRU
+from kvkeep.sim.owner import Owner, accesses_of
 from kvkeep.sim.replay import hits_of
 from kvkeep.sim.tiers import TierSpec, run
-from kvkeep.trace import Trace, read
+from kvkeep.stores.memory import UNIT
+from kvkeep.trace import Request, Trace, read
 
 TRACES = Path(__file__).parents[1] / "traces"
 
@@ -71,3 +85,117 @@ def test_memory_and_disk(agents: Trace, tmp_path: Path, rule: str) -> None:
     promised, tiers = run(agents, [TierSpec("memory", memory, ""), TierSpec("disk", 10**6, "")], "lru", rule)
     assert sum(hits) == pytest.approx(sum(map(sum, promised)), rel=0.01)
     assert disk == written == pytest.approx(tiers.owners[1].stored, rel=0.02)
+
+
+def tools(requests: int, *, seed: int = 3, kinds: int = 60) -> Trace:
+    """Conversations that begin with one of ``kinds`` long instructions; few are long ones."""
+    numbers, count = random.Random(seed), 0
+
+    def fresh(blocks: int) -> list[BlockKey]:
+        nonlocal count
+        count += blocks
+        return [BlockKey(hashlib.sha256(b"%d" % at).digest()) for at in range(count - blocks, count)]
+
+    instructions = [fresh(numbers.randint(4, 14)) for _ in range(kinds)]
+    popularity = [1 / (rank + 1) for rank in range(kinds)]
+    found: list[Request] = []
+    later: list[tuple[float, int, list[BlockKey]]] = []
+    now = 0.0
+    while len(found) < requests:
+        now += numbers.expovariate(5)
+        while later and later[0][0] <= now:
+            at, _, keys = heapq.heappop(later)
+            keys = keys + fresh(numbers.randint(1, 4))
+            found.append(Request(at, tuple(keys), len(keys) * 16))
+            if numbers.random() < 0.6:
+                heapq.heappush(later, (at + numbers.lognormvariate(3.5, 0.8), count, keys))
+        (beginning,) = numbers.choices(instructions, popularity)
+        keys = beginning + fresh(numbers.randint(1, 8))
+        found.append(Request(now, tuple(keys), len(keys) * 16))
+        if numbers.random() < 0.25:
+            heapq.heappush(later, (now + numbers.lognormvariate(3.5, 0.8), count, keys))
+    return Trace("tools", 16, found)
+
+
+class AsACache(Owner):
+    """Touches when a request comes, and stores when its prefill has ended."""
+
+    def serve(self, request: Request, hits: int) -> None:
+        accesses = accesses_of(request, hits)
+        missing = [at for at, key in enumerate(request.keys) if key not in self.resident]
+        for key, access in zip(request.keys, accesses, strict=True):
+            if key in self.resident:
+                self.policy.touch(key, access)
+        later = [access._replace(now=access.now + 1e-3) for access in accesses]
+        if missing:
+            self.store(request.keys, missing, later)
+
+
+def share_of_hits(trace: Trace, policy: EvictionPolicy, owner: Owner) -> float:
+    hits = 0
+    for request in trace.requests:
+        found = owner.prefix(request.keys)
+        hits += found
+        owner.serve(request, found)
+    return hits / trace.accesses
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05])
+def test_hazard_learns_as_much_from_a_cache_as_from_a_replay(share: float) -> None:
+    """A cache touches what is found before it shows what a request extends, and stores what is missing later."""
+    whole = read(TRACES / "mooncake_conversation_trace.jsonl.gz")
+    trace = Trace("half", whole.block_tokens, whole.requests[:6000])
+    capacity = int(share * trace.unique_blocks)
+    replayed = sum(hits_of(trace, Hazard(capacity), capacity)[0]) / trace.accesses
+    policy = Hazard(capacity)
+    assert share_of_hits(trace, policy, AsACache(policy, capacity)) == pytest.approx(replayed, abs=0.005)
+
+
+def tokens_of(keys: Sequence[BlockKey]) -> list[int]:
+    return [(int.from_bytes(key[:6], "little") + 7919 * at) % (1 << 31) for key in keys for at in range(16)]
+
+
+@pytest.mark.parametrize("policy", ["lru", "hazard"])
+def test_a_cache_hits_as_often_as_its_replay(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = tools(1500)
+    capacity = trace.unique_blocks // 40
+    replayed = sum(hits_of(trace, registry.lookup("policies", policy)(capacity), capacity)[0]) / trace.accesses
+    clock = SimpleNamespace(time=lambda: now, monotonic=time.monotonic)
+    monkeypatch.setattr("kvkeep.cache.time", clock)
+    room = -(-(LAYOUT.block_nbytes + HEADER_NBYTES) // UNIT) * UNIT
+    hits = 0
+    with kvkeep.open(memory=capacity * room, policy=policy) as root:
+        cache = root.bind(LAYOUT)
+        for request in trace.requests:
+            now = request.now
+            tokens = tokens_of(request.keys)
+            match = cache.match(tokens)
+            hits += match.num_blocks
+            with cache.lease(match) as lease:
+                assert cache.load(lease, Nothing()) == match.num_tokens
+            now = request.now + 1e-3
+            cache.save(tokens, Nothing(), start=match.num_tokens)
+    assert hits / trace.accesses == pytest.approx(replayed, abs=0.03)
+
+
+@pytest.mark.parametrize(("share", "gain"), [(0.01, 0.08), (0.03, 0.05), (0.1, 0.02)])
+def test_hazard_keeps_what_many_conversations_begin_with(share: float, gain: float) -> None:
+    trace = tools(4000)
+    capacity = int(share * trace.unique_blocks)
+    ratios = [
+        sum(hits_of(trace, registry.lookup("policies", name)(capacity), capacity)[0]) / trace.accesses
+        for name in ("lru", "hazard")
+    ]
+    assert ratios[1] - ratios[0] > gain
+
+
+def test_hazard_refuses_also_where_the_medium_has_room_for_less_than_its_capacity() -> None:
+    """Slots are rounded up, so what blocks take never adds up to the capacity, and yet there is no room."""
+    trace = tools(2000)
+    capacity = trace.unique_blocks // 100
+    stored = []
+    for told in (capacity, capacity + capacity // 20):
+        owner = hits_of(trace, Hazard(told), capacity)[1]
+        stored.append(owner.stored)
+    assert stored[0] < trace.accesses // 3
+    assert stored[1] == pytest.approx(stored[0], rel=0.02)

@@ -281,11 +281,13 @@ class Hazard(EvictionPolicy):
                 turn.asked = True
                 self._extend(turn, key, access)
                 self._settle(turn, access.parent)
+                turn.found = None
         elif access.position == turn.hits - 1 and not turn.asked:
             if turn.hits == turn.blocks:
                 self._extend(turn, key, access)
             elif key in self._blocks:  # what it extends will show when it stores what is missing
                 turn.found = self._blocks[key].turn
+                turn.found.found = None  # or a conversation would be remembered from its beginning on
         shared = turn.shared
         return turn if shared is None or access.position >= shared.blocks else shared
 
@@ -354,6 +356,7 @@ class Hazard(EvictionPolicy):
     def _share(self, turn: _Turn, before: _Turn, blocks: int) -> None:
         """The first ``blocks`` of ``turn`` are others' as well, of whom ``before`` is the last, or an earlier one."""
         while before.later is not None:
+            before.later = before.later.later or before.later  # so that the way is short the next time
             before = before.later
         shared = turn.shared = self._turn(turn.now, blocks, blocks, self._shared)
         if before.table is self._shared:
