@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from kvkeep.layout import KVLayout, LayerGroup
+from kvkeep.layout import KVLayout
 
 Array = npt.NDArray[Any]
 
@@ -34,12 +33,19 @@ class Shape(NamedTuple):
 
 def shapes(layout: KVLayout) -> tuple[Shape, ...]:
     """One a layer group."""
-    return _shapes(layout.groups, layout.block_tokens)
+    name = layout.fingerprint, layout.block_nbytes  # values of all sizes have one fingerprint
+    found = _shapes.get(name)  # to hash the groups takes a tenth of decoding a small block
+    if found is None:
+        if len(_shapes) >= _LAYOUTS:
+            _shapes.clear()
+        tokens = layout.block_tokens
+        found = tuple(Shape(one.num_layers, one.num_kv_heads, tokens, one.k_dim, one.v_dim) for one in layout.groups)
+        _shapes[name] = found
+    return found
 
 
-@lru_cache(64)
-def _shapes(groups: tuple[LayerGroup, ...], tokens: int) -> tuple[Shape, ...]:
-    return tuple(Shape(one.num_layers, one.num_kv_heads, tokens, one.k_dim, one.v_dim) for one in groups)
+_shapes: dict[tuple[bytes, int], tuple[Shape, ...]] = {}
+_LAYOUTS = 64
 
 
 def groups(data: memoryview, layout: KVLayout) -> Iterator[tuple[Shape, Array]]:
