@@ -56,12 +56,15 @@ class KVSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The longest cached prefix of a prompt, as of now. ``keys`` are those of its blocks."""
+    """The longest cached prefix of a prompt, as of now. ``keys`` are those of its blocks, from number ``start`` on:
+    an engine that has the first ones itself asks for the others, and says which block is ``before`` them."""
 
     keys: tuple[BlockKey, ...]
     places: tuple[Tier, ...]
     total_blocks: int
     block_tokens: int
+    start: int = 0
+    before: BlockKey | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -199,11 +202,7 @@ class KVCache(ValueFace):
     @contextmanager
     def lease(self, match: Match) -> Iterator[Lease]:
         """Pin the blocks of ``match`` until the ``with`` block ends, and tell the policies that they are used."""
-        now = time.time()
-        accesses = [
-            Access(now, at, match.total_blocks, match.num_blocks, match.keys[at - 1] if at else None, self.priority)
-            for at in range(match.num_blocks)
-        ]
+        accesses = self._accesses(match)
         by_tier: dict[int, tuple[Tier, list[BlockKey]]] = {}
         for key, tier in zip(match.keys, match.places, strict=True):
             by_tier.setdefault(id(tier), (tier, []))[1].append(key)
@@ -224,11 +223,18 @@ class KVCache(ValueFace):
         for index, payload in self.store.blocks(match.keys, match.places, layout):
             sink.write(index, payload)
             done = index + 1
-        now, priority = time.time(), self.priority
         self.store.promote(
-            match.keys[:done], match.places[:done], layout, now, priority=priority, after=PROMOTE_AFTER_SECONDS
+            match.keys[:done], match.places[:done], layout, self._accesses(match), after=PROMOTE_AFTER_SECONDS
         )
         return done * layout.block_tokens
+
+    def _accesses(self, match: Match) -> list[Access]:
+        """To the blocks of a match, now."""
+        now, parents, hits = time.time(), (match.before, *match.keys), match.start + match.num_blocks
+        return [
+            Access(now, match.start + at, match.total_blocks, hits, parents[at], self.priority)
+            for at in range(match.num_blocks)
+        ]
 
     def save(
         self,
@@ -265,9 +271,14 @@ class KVCache(ValueFace):
         *,
         first: int = 0,
         parent: BlockKey | None = None,
+        hits: int | None = None,
+        total_blocks: int = 0,
         patience: float = 0.0,
     ) -> tuple[int, int]:
         """:meth:`save` for who has the keys: those of blocks ``first``, ``first + 1``, … of a prompt.
+
+        ``parent``: the key of the block before. Who saves a prompt piece by piece says what the pieces are of: how many
+        of its blocks were found when it came (``hits``), and how many it had then (``total_blocks``).
 
         Returns how many were taken, and how many of ``keys``, from the front, are kept now.
         """
@@ -278,7 +289,9 @@ class KVCache(ValueFace):
         taken = 0
         room = self.store.queue_nbytes if len(self.store.tiers) > 1 else BATCH_NBYTES
         batch = max(1, min(BATCH_NBYTES // 2, room) // layout.block_nbytes)
-        hits = first + (missing[0] if missing else len(keys))
+        if hits is None:
+            hits = first + (missing[0] if missing else len(keys))
+        total_blocks = max(total_blocks, first + len(keys))
         tenant = layout.identity.tenant
         for begin in range(0, len(missing), batch):
             indices = missing[begin : begin + batch]
@@ -291,7 +304,7 @@ class KVCache(ValueFace):
                     head = frame.pack(keys[at], layout.fingerprint, "raw", len(payload), len(payload), tenant=tenant)
                     items.append((keys[at], [bytes(head), payload]))
                     before = keys[at - 1] if at else parent
-                    accesses.append(Access(now, first + at, first + len(keys), hits, before, self.priority))
+                    accesses.append(Access(now, first + at, total_blocks, hits, before, self.priority))
                 stored = self.store.save(items, layout, accesses, deadline=deadline)
             taken += stored
             if stored < len(indices):

@@ -447,17 +447,15 @@ class TieredStore:
         keys: Sequence[BlockKey],
         places: Sequence[Tier],
         layout: KVLayout,
-        now: float,
+        accesses: Sequence[Access],
         *,
-        priority: int = 0,
         after: float = 0.0,
     ) -> None:
         """Copy what lies below into the first tier, in the background, ``after`` seconds from now."""
         first = self.tiers[0]
-        for at, (key, tier) in enumerate(zip(keys, places, strict=False)):
+        for key, tier, access in zip(keys, places, accesses, strict=False):
             if tier is not first:
                 tier.pin([key])
-                access = Access(now, at, len(keys), len(keys), keys[at - 1] if at else None, priority)
                 self._enqueue(_Write(key, layout, layout.block_nbytes, tier, first, access), after)
 
     def flush(self, timeout: float | None = None) -> bool:

@@ -269,10 +269,13 @@ class Hazard(EvictionPolicy):
         beginning which the request shares with others."""
         turn = self._current
         missing = access.position >= access.hit_blocks
+        from_below = not missing and key not in self._blocks  # found there, and copied into this tier
         if turn is None or self._current_at != access.now or (turn.blocks, turn.hits) != access[2:4]:
-            turn = self._same_request(access) if missing else None
+            turn = self._same_request(access) if missing or from_below else None
             if turn is None:
                 turn = self._begin(access)
+                if from_below:
+                    self._extend(turn, key, access)
             self._current, self._current_at = turn, access.now
             self._promised = 0
             self._tip = access.parent if missing else key
@@ -285,19 +288,21 @@ class Hazard(EvictionPolicy):
         elif access.position == turn.hits - 1 and not turn.asked:
             if turn.hits == turn.blocks:
                 self._extend(turn, key, access)
-            elif key in self._blocks:  # what it extends will show when it stores what is missing
+            elif not from_below:  # what it extends will show when it stores what is missing
                 turn.found = self._blocks[key].turn
                 turn.found.found = None  # or a conversation would be remembered from its beginning on
         shared = turn.shared
         return turn if shared is None or access.position >= shared.blocks else shared
 
     def _same_request(self, access: Access) -> _Turn | None:
-        """The turn that touched the found blocks a while ago, if what was missing, or was decoded since, is now
-        stored."""
+        """The turn that touched the found blocks a while ago, or stored others, if now the rest comes: what was found
+        below, what was missing, what was decoded since."""
         above = self._blocks.get(access.parent) if access.parent is not None else None
         turn = above.turn if above is not None else None
-        if turn is None or turn.asked or turn.hits != access.hit_blocks or turn.hits == turn.blocks:
+        if turn is None or turn.table is self._shared or turn.hits != access.hit_blocks:
             return None
+        if access.position == turn.hits and (turn.asked or turn.hits == turn.blocks):
+            return None  # what a request misses begins there
         turn.blocks = access.prompt_blocks
         return turn
 

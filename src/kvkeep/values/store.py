@@ -450,10 +450,10 @@ class Values:
             if tier.contains_many([key])[0] if tier.owned else tier.breaker.closed:
                 value = self._read(key, tier, layout)
                 if value is not None:
-                    now = time.time()
-                    self._note(tier, key, Access(now))
+                    access = Access(time.time())
+                    self._note(tier, key, access)
                     if tier is not first and self._asked_again(key):
-                        self._tiers.promote([key], [tier], layout, now)
+                        self._tiers.promote([key], [tier], layout, [access])
                     return value[0]
         return MISSING
 

@@ -39,6 +39,10 @@ class Load:
     """Index of the block that ``keys`` begin with."""
     keys: tuple[tuple[BlockKey, ...], ...]
     """By shard."""
+    before: tuple[BlockKey | None, ...]
+    """The block before these, by shard."""
+    total: int
+    """Blocks of the whole prompt."""
     base: int
     """Index of the request's engine block that ``pages`` begin with."""
     pages: tuple[int, ...]
@@ -53,6 +57,10 @@ class Save:
     request: str
     first: int
     keys: tuple[tuple[BlockKey, ...], ...]
+    before: tuple[BlockKey | None, ...]
+    total: int
+    hits: int
+    """How many of the prompt's blocks were stored when it came."""
     base: int
     pages: tuple[int, ...]
 

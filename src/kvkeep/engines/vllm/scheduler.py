@@ -128,6 +128,8 @@ class Prompt:
         self._extras = found
         self._limit = limit  # tokens that have a name
         self.stored = 0  # blocks found in the store, from the front
+        self.total = 0  # full blocks of the prompt
+        self.hits = 0  # of those the ones that were stored when it was first given room
         self.saved = 0  # blocks that need not be saved any more
         self.looked: tuple[float, int] | None = None  # when, and at which version of the index
         self.asked: tuple[int, Future[int]] | None = None  # the remote store: from which block on
@@ -149,6 +151,10 @@ class Prompt:
     def keys(self, first: int, end: int) -> tuple[tuple[BlockKey, ...], ...]:
         """Of blocks ``first`` … ``end - 1``, by shard."""
         return tuple(tuple(chain.keys[first:end]) for chain in self._chains)
+
+    def before(self, first: int) -> tuple[BlockKey | None, ...]:
+        """Of the block before ``first``, by shard."""
+        return tuple(chain.keys[first - 1] if first else None for chain in self._chains)
 
 
 class Scheduler:
@@ -200,13 +206,18 @@ class Scheduler:
         if prompt is None:
             return
         total = prompt.name(request.num_tokens)
+        if not prompt.total:
+            prompt.total, prompt.hits = total, prompt.stored
         end, background = prompt.hit
         if tokens:
             first, last = (end - tokens) // self._size, -(-end // self._size)
             base = (end - tokens) // self._page_tokens
             pages = tuple(blocks.get_block_ids()[0][base : -(-end // self._page_tokens)])
             keys = prompt.keys(first, last)
-            self._loads.append(Load(request.request_id, (end - tokens, end), first, keys, base, pages, background))
+            self._loads.append(
+                Load(request.request_id, (end - tokens, end), first, keys, prompt.before(first), prompt.total, base,
+                     pages, background)
+            )  # fmt: skip
         prompt.saved = max(prompt.saved, prompt.stored)
         if not (tokens and background):
             for key in prompt.keys(prompt.stored, total)[0]:
@@ -229,7 +240,10 @@ class Scheduler:
             block_ids = output.kv_connector_block_state.get_block_ids(request_id)[0]
             base = first * self._size // self._page_tokens
             pages = tuple(block_ids[base : -(-end * self._size // self._page_tokens)])
-            plan.saves.append(Save(request_id, first, prompt.keys(first, end), base, pages))
+            plan.saves.append(
+                Save(request_id, first, prompt.keys(first, end), prompt.before(first), prompt.total, prompt.hits, base,
+                     pages)
+            )  # fmt: skip
             prompt.saved = end
         if plan.saves:
             self._under_way[self._step] = plan.saves

@@ -112,7 +112,12 @@ class Worker:
                 continue
             end = (save.first + len(keys)) * size
             blocks = self._pages.blocks(self._cache.layout, 0, (save.first * size, end), save.base, save.pages)
-            kept.append(self._cache.save_keys(keys, blocks, first=save.first)[1])
+            kept.append(
+                self._cache.save_keys(
+                    keys, blocks, first=save.first, parent=save.before[self._shard], hits=save.hits,
+                    total_blocks=save.total,
+                )[1]
+            )  # fmt: skip
         self._report.kept[plan.step] = kept
 
     def take_arrived(self) -> set[str]:
@@ -157,7 +162,9 @@ class Worker:
         assert self._cache.layout is not None
         layout, keys = self._cache.layout, load.keys[self._shard]
         places = self._cache.store.locate(keys)
-        match = Match(keys[: len(places)], tuple(places), len(keys), layout.block_tokens)
+        match = Match(
+            keys[: len(places)], tuple(places), load.total, layout.block_tokens, load.first, load.before[self._shard]
+        )
         blocks = self._pages.blocks(layout, load.first, load.tokens, load.base, load.pages)
         with _unpinned(), self._cache.lease(match) as lease:  # a load may start threads
             loaded = self._cache.load(lease, blocks)
