@@ -5,7 +5,9 @@ machine that slows down does so for all. What is timed is a prompt of 3,000 toke
 from their first token on. Rows:
 
 - *cold*: nothing known. The same with kvkeep or vLLM's ``fs`` tier costs more by what saving costs; CPU seconds include
-  those of the background until all is written.
+  those of the background until all is written. *full*: the same where memory and disk have been filled, as they are for
+  most of a server's life: until then each block lands on fresh pages, which a virtual machine may have to get from its
+  host (2 CPU seconds a GB on the one of docs/engines/vllm.md, for memory and page cache each).
 - *own prefix cache*: asked again in the same vLLM process. The measure of all hits.
 - *second server*: another kvkeep server on the directory that the first one, still running, writes.
 - *restart*: a new process finds the prompt on disk, page cache warm (never dropped) or cold (dropped from the files).
@@ -43,6 +45,9 @@ from kvkeep.cli.vllm_server import ENVIRONMENT, free_port
 PROMPT = 3_000
 SHARED, REQUEST, REQUESTS, CONCURRENCY, NEW_TOKENS = 1_500, 2_000, 32, 8, 16
 PAGE = 128
+FULL = {"memory": "256MiB", "disk": "512MiB"}
+FILL = 9
+"""Prompts that fill these."""
 SCALE = float(os.environ.get("BENCH_SCALE", "1"))
 """Shorter prompts, to try the benchmark itself: figures are for 1."""
 if SCALE != 1:
@@ -240,8 +245,12 @@ def latency(repeats: int, place: Path, log: Path, lmcache: Path | None) -> list[
         with engine("kvkeep") as first:
             with ExitStack() as others:  # ended before the next engine starts: five do not fit into 24 GiB
                 step("cold requests")
-                savers = [first, *(others.enter_context(engine(name)) for name in keepers[1:])]
+                full = Engine("kvkeep, full,", log, **kvkeep_options(place / "full", **FULL))
+                savers = [first, *(others.enter_context(each) for each in (full, *map(engine, keepers[1:])))]
                 warm_up([alone, *savers], ids)
+                for prompt in prompts(FILL, ids[::-1]):
+                    full.ask(prompt)
+                    full.settle()
                 for number, prompt in enumerate(asked):
                     got = {}
                     for each in [alone, *savers] if number % 2 else [*savers[::-1], alone]:
