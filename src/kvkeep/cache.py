@@ -223,9 +223,10 @@ class KVCache(ValueFace):
         for index, payload in self.store.blocks(match.keys, match.places, layout):
             sink.write(index, payload)
             done = index + 1
-        self.store.promote(
-            match.keys[:done], match.places[:done], layout, self._accesses(match), after=PROMOTE_AFTER_SECONDS
-        )
+        if any(tier is not self.store.tiers[0] for tier in match.places[:done]):
+            self.store.promote(
+                match.keys[:done], match.places[:done], layout, self._accesses(match), after=PROMOTE_AFTER_SECONDS
+            )
         return done * layout.block_tokens
 
     def _accesses(self, match: Match) -> list[Access]:

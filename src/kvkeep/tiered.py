@@ -149,7 +149,8 @@ class TieredStore:
     def _start(self) -> None:
         for tier in self.tiers:
             tier.breaker.on_open = tier.writing.on_open = self.start  # somebody has to probe it
-        self._maintain_at = self._maintain_by = 0.0
+        self._maintain_at = self._maintain_by = self._round_at = 0.0
+        self._busy: list[Tier] = []  # those that have more housekeeping to do
         self._loads = 0  # under way
         self._pool = BufferPool()
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="kvkeep-read")  # makes threads when needed
@@ -594,12 +595,14 @@ class TieredStore:
         if self._loads and now < self._maintain_by:
             self._maintain_at = now + SOON_SECONDS
             return
-        more = [tier.maintain() for tier in self.tiers]
-        for work in self.upkeep:
-            work()
-        now = time.monotonic()
-        self._maintain_at = now + (SOON_SECONDS if any(more) else IDLE_SECONDS)
-        self._maintain_by = now + 2 * IDLE_SECONDS
+        whole = now >= self._round_at
+        self._busy = [tier for tier in (self.tiers if whole else self._busy) if tier.maintain()]
+        if whole:
+            for work in self.upkeep:
+                work()
+            self._round_at = time.monotonic() + IDLE_SECONDS
+        self._maintain_at = time.monotonic() + SOON_SECONDS if self._busy else self._round_at
+        self._maintain_by = self._maintain_at + 2 * IDLE_SECONDS
 
     def _write(self, batch: list[_Write]) -> None:
         source, target = batch[0].source, batch[0].target

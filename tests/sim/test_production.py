@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import heapq
 import random
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from blocks import LAYOUT
 from kvkeep import registry
 from kvkeep.frame import HEADER_NBYTES
 from kvkeep.keys import BlockKey
+from kvkeep.policies.base import Access, EvictionPolicy
 from kvkeep.policies.hazard import Hazard
 from kvkeep.policies.lru import LRU
 from kvkeep.sim.owner import Owner, accesses_of
@@ -181,26 +184,63 @@ def test_a_cache_hits_as_often_as_its_replay(policy: str, monkeypatch: pytest.Mo
             now = request.now + 1e-3
             cache.save(tokens, Nothing(), start=match.num_tokens)
     assert hits / trace.accesses == pytest.approx(replayed, abs=0.03)
+    assert (
+        policy == "lru" or hits / trace.accesses > 0.39
+    )  # where LRU, and hazard without shared beginnings, stay below
 
 
-@pytest.mark.parametrize(("share", "gain"), [(0.01, 0.08), (0.03, 0.05), (0.1, 0.02)])
-def test_hazard_keeps_what_many_conversations_begin_with(share: float, gain: float) -> None:
-    trace = tools(4000)
-    capacity = int(share * trace.unique_blocks)
-    ratios = [
-        sum(hits_of(trace, registry.lookup("policies", name)(capacity), capacity)[0]) / trace.accesses
-        for name in ("lru", "hazard")
-    ]
-    assert ratios[1] - ratios[0] > gain
+class Overlapping(Owner):
+    """Requests come while others are still being computed, which takes ``seconds`` each."""
+
+    seconds = 1.0
+
+    def __init__(self, policy: EvictionPolicy, capacity: int) -> None:
+        super().__init__(policy, capacity)
+        self._computed: deque[tuple[float, Request, list[Access]]] = deque()
+
+    def serve(self, request: Request, hits: int) -> None:
+        while self._computed and self._computed[0][0] <= request.now:
+            at, earlier, accesses = self._computed.popleft()
+            missing = [place for place, key in enumerate(earlier.keys) if key not in self.resident]
+            if missing:
+                self.store(earlier.keys, missing, [access._replace(now=at) for access in accesses])
+        accesses = accesses_of(request, hits)
+        for key, access in zip(request.keys[:hits], accesses, strict=False):
+            if key in self.resident:  # what was stored just now may have taken its place
+                self.policy.touch(key, access)
+        self._computed.append((request.now + self.seconds, request, accesses))
 
 
-def test_hazard_refuses_also_where_the_medium_has_room_for_less_than_its_capacity() -> None:
-    """Slots are rounded up, so what blocks take never adds up to the capacity, and yet there is no room."""
-    trace = tools(2000)
+def test_hazard_learns_from_requests_that_overlap() -> None:
+    trace = tools(3000)
     capacity = trace.unique_blocks // 100
-    stored = []
-    for told in (capacity, capacity + capacity // 20):
-        owner = hits_of(trace, Hazard(told), capacity)[1]
-        stored.append(owner.stored)
-    assert stored[0] < trace.accesses // 3
-    assert stored[1] == pytest.approx(stored[0], rel=0.02)
+    replayed = sum(hits_of(trace, Hazard(capacity), capacity)[0]) / trace.accesses
+    policy = Hazard(capacity)
+    assert share_of_hits(trace, Overlapping(policy, capacity)) == pytest.approx(replayed, abs=0.03)
+    # No leaf is lost sight of: each is where it will be looked for.
+    for key, block in policy._blocks.items():
+        if key not in policy._children:
+            everywhere = [(heap, leaf) for heap, leaves in policy._leaves.items() for leaf in leaves if leaf[-1] == key]
+            assert any(leaf[0] == block.turn.number for _, leaf in everywhere)
+
+
+def test_hazard_remembers_a_bounded_number_of_turns() -> None:
+    policy = Hazard(100)
+    keys = [BlockKey(bytes([at]) * 32) for at in range(12)]
+
+    def access(now: float, at: int, blocks: int, hits: int) -> Access:
+        return Access(now, at, blocks, hits, keys[at - 1] if at else None)
+
+    def turns() -> int:
+        gc.collect()
+        return sum(type(each).__name__ == "_Turn" for each in gc.get_objects())
+
+    before = turns()
+    for at in range(12):  # a prompt, then one that shares ten blocks with it and stays as it is from then on
+        policy.insert(keys[at], 1, access(0.0, at, 30, 0))
+    policy.remove(keys[11], evicted=True)
+    policy.touch(keys[9], access(1.0, 9, 12, 10))
+    policy.insert(keys[11], 1, access(2.0, 11, 12, 10)._replace(parent=keys[9]))
+    for number in range(3, 120_000):
+        policy.touch(keys[9], access(float(number), 9, 10, 10))
+    assert turns() - before < 100_000

@@ -17,6 +17,7 @@ need is not admitted; if that is still young, it has to be worth clearly more.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import deque
 from heapq import heapify, heappop, heappush
 from typing import ClassVar, NamedTuple
 
@@ -46,6 +47,8 @@ An index supposes that a block is kept for as long as that pays; where room is s
 pushed out the other for nothing."""
 MAX_TURNS = 1 << 16
 """Turns that are remembered, whether any of their blocks is still resident or not."""
+MAX_WAITING = 256
+"""Requests with one beginning that may be computed at the same time."""
 SPARE = 1 << 10
 """Outdated entries that a heap may hold beside two for each block."""
 
@@ -55,8 +58,8 @@ class _Turn:
     last; -1 at the first. ``kind``: its class in ``table``; ``heap``: the number of that among all classes."""
 
     __slots__ = (
-        "asked", "blocks", "done", "found", "gap", "ghost", "heap", "hits", "kind", "last_gap", "later", "now",
-        "number", "shared", "table", "turns",
+        "asked", "blocks", "done", "found", "gap", "ghost", "heap", "hits", "kind", "last_gap", "now", "number",
+        "shared", "table", "turns", "uses",
     )  # fmt: skip
 
     def __init__(self, number: int, now: float, blocks: int, hits: int, table: Survival) -> None:
@@ -73,7 +76,18 @@ class _Turn:
         self.ghost: BlockKey | None = None  # the first of its blocks that is not resident
         self.found: _Turn | None = None  # whose the deepest of the found blocks was
         self.shared: _Turn | None = None  # of a request: the beginning that it has in common with others …
-        self.later: _Turn | None = None  # … and of that the next use
+        self.uses: _Uses | None = None  # … and of that all uses
+
+
+class _Uses:
+    """Those of one shared beginning: the last one, whose request that was, and requests that have not come to storing
+    what they miss."""
+
+    __slots__ = ("last", "user", "waiting")
+
+    def __init__(self, last: _Turn, user: _Turn) -> None:
+        self.last, self.user = last, user
+        self.waiting: deque[_Turn] = deque(maxlen=MAX_WAITING)
 
 
 class _Block(NamedTuple):
@@ -153,7 +167,11 @@ class Hazard(EvictionPolicy):
     def touch(self, key: BlockKey, access: Access) -> None:
         block = self._blocks[key]
         turn = self._request(key, access)
-        self._blocks[key] = _Block(turn, access.position, block.parent, block.nbytes, block.order)
+        parent = block.parent
+        if parent is None and access.parent is not None:  # a restart found it, without saying what it follows
+            parent = access.parent
+            self._children[parent] = self._children.get(parent, 0) + 1
+        self._blocks[key] = _Block(turn, access.position, parent, block.nbytes, block.order)
         if key not in self._children:
             self._offer((turn.number, -access.position, block.order, key), turn)
 
@@ -223,8 +241,11 @@ class Hazard(EvictionPolicy):
     def _offer(self, leaf: _Leaf, turn: _Turn) -> None:
         heap = self._leaves.setdefault(turn.heap, [])
         if len(heap) > 2 * len(self._blocks) + SPARE:  # each touch leaves an outdated entry
-            heap[:] = {each for each in heap if self._holds(each, turn.heap)}
+            every = set(heap)
+            heap[:] = {each for each in every if self._holds(each, turn.heap)}
             heapify(heap)
+            for each in every.difference(heap):
+                self._move(each, turn.heap)
         heappush(heap, leaf)
         if heap[0] is leaf and self._ranked_at == self._now:
             heappush(self._ranked, (self._rank_of(turn), leaf, turn.heap))
@@ -257,6 +278,13 @@ class Hazard(EvictionPolicy):
                 heappush(self._ranked, (self._rank_of(self._blocks[leaf[-1]].turn), leaf, kind))
                 return
             heappop(heap)
+            self._move(leaf, kind)
+
+    def _move(self, leaf: _Leaf, kind: int) -> None:
+        """An entry that does not hold in its heap belongs to another one, if its turn has changed class since."""
+        block = self._blocks.get(leaf[-1])
+        if block is not None and block.turn.heap != kind and self._holds(leaf, block.turn.heap):
+            self._offer(leaf, block.turn)
 
     def _rank_of(self, turn: _Turn) -> float:
         age = self._now - turn.now
@@ -288,18 +316,33 @@ class Hazard(EvictionPolicy):
         elif access.position == turn.hits - 1 and not turn.asked:
             if turn.hits == turn.blocks:
                 self._extend(turn, key, access)
-            elif not from_below:  # what it extends will show when it stores what is missing
-                turn.found = self._blocks[key].turn
-                turn.found.found = None  # or a conversation would be remembered from its beginning on
+            elif not from_below:
+                self._found(turn, self._blocks[key].turn)
         shared = turn.shared
         return turn if shared is None or access.position >= shared.blocks else shared
+
+    def _found(self, turn: _Turn, earlier: _Turn) -> None:
+        """The deepest block that a request found was ``earlier``'s. What it extends will show when it stores what is
+        missing, but a beginning that is known to be shared is used now."""
+        if earlier.uses is not None:
+            self._share(turn, earlier, turn.hits)
+            earlier.uses.waiting.append(turn)
+        else:
+            turn.found = earlier if earlier.asked else earlier.found or earlier
 
     def _same_request(self, access: Access) -> _Turn | None:
         """The turn that touched the found blocks a while ago, or stored others, if now the rest comes: what was found
         below, what was missing, what was decoded since."""
         above = self._blocks.get(access.parent) if access.parent is not None else None
         turn = above.turn if above is not None else None
-        if turn is None or turn.table is self._shared or turn.hits != access.hit_blocks:
+        if turn is not None and turn.uses is not None:  # the block above is one that it shares
+            uses = turn.uses
+            turn = next((each for each in uses.waiting if each.hits == access.hit_blocks), None)
+            if turn is None:
+                turn = uses.user
+            else:
+                uses.waiting.remove(turn)
+        if turn is None or turn.hits != access.hit_blocks:
             return None
         if access.position == turn.hits and (turn.asked or turn.hits == turn.blocks):
             return None  # what a request misses begins there
@@ -350,23 +393,23 @@ class Hazard(EvictionPolicy):
             or (known < 2 and turn.blocks > 1)
         ):
             self._classify(turn, turn.blocks - known)
-            if earlier is not None:
+            if earlier is not None and turn.shared is None:
                 self._share(turn, earlier, known)
             return
-        if earlier.shared is not None:
+        if earlier.shared is not None and turn.shared is None:
             self._share(turn, earlier.shared, earlier.shared.blocks)
         self._follow(turn, earlier)
         self._classify(turn, turn.blocks - known)
 
     def _share(self, turn: _Turn, before: _Turn, blocks: int) -> None:
-        """The first ``blocks`` of ``turn`` are others' as well, of whom ``before`` is the last, or an earlier one."""
-        while before.later is not None:
-            before.later = before.later.later or before.later  # so that the way is short the next time
-            before = before.later
+        """The first ``blocks`` of ``turn`` are others' as well, of whom ``before`` is one."""
         shared = turn.shared = self._turn(turn.now, blocks, blocks, self._shared)
-        if before.table is self._shared:
-            before.later = shared
-            self._follow(shared, before)
+        if before.uses is None:
+            shared.uses = _Uses(shared, turn)
+        else:
+            shared.uses = before.uses
+            self._follow(shared, before.uses.last)
+            before.uses.last, before.uses.user = shared, turn
         self._classify(shared, 0)
 
     def _settle(self, turn: _Turn, key: BlockKey | None) -> None:

@@ -129,7 +129,7 @@ class Prompt:
         self._limit = limit  # tokens that have a name
         self.stored = 0  # blocks found in the store, from the front
         self.total = 0  # full blocks of the prompt
-        self.hits = 0  # of those the ones that were stored when it was first given room
+        self.hits = 0  # of those the ones that were stored when it was given room
         self.saved = 0  # blocks that need not be saved any more
         self.looked: tuple[float, int] | None = None  # when, and at which version of the index
         self.asked: tuple[int, Future[int]] | None = None  # the remote store: from which block on
@@ -214,9 +214,10 @@ class Scheduler:
             base = (end - tokens) // self._page_tokens
             pages = tuple(blocks.get_block_ids()[0][base : -(-end // self._page_tokens)])
             keys = prompt.keys(first, last)
+            prompt.hits = last  # also of a request that was preempted, and finds more now
             self._loads.append(
-                Load(request.request_id, (end - tokens, end), first, keys, prompt.before(first), prompt.total, base,
-                     pages, background)
+                Load(request.request_id, (end - tokens, end), first, keys, prompt.before(first),
+                     max(prompt.total, last), base, pages, background)
             )  # fmt: skip
         prompt.saved = max(prompt.saved, prompt.stored)
         if not (tokens and background):
