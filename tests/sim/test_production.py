@@ -244,3 +244,26 @@ def test_hazard_remembers_a_bounded_number_of_turns() -> None:
     for number in range(3, 120_000):
         policy.touch(keys[9], access(float(number), 9, 10, 10))
     assert turns() - before < 100_000
+
+
+@pytest.mark.parametrize(("share", "gain"), [(0.01, 0.08), (0.03, 0.05), (0.1, 0.02)])
+def test_hazard_keeps_what_many_conversations_begin_with(share: float, gain: float) -> None:
+    trace = tools(4000)
+    capacity = int(share * trace.unique_blocks)
+    ratios = [
+        sum(hits_of(trace, registry.lookup("policies", name)(capacity), capacity)[0]) / trace.accesses
+        for name in ("lru", "hazard")
+    ]
+    assert ratios[1] - ratios[0] > gain
+
+
+def test_hazard_refuses_also_where_the_medium_has_room_for_less_than_its_capacity() -> None:
+    """Slots are rounded up, so what blocks take never adds up to the capacity, and yet there is no room."""
+    trace = tools(2000)
+    capacity = trace.unique_blocks // 100
+    stored = []
+    for told in (capacity, capacity + capacity // 20):
+        owner = hits_of(trace, Hazard(told), capacity)[1]
+        stored.append(owner.stored)
+    assert stored[0] < trace.accesses // 3
+    assert stored[1] == pytest.approx(stored[0], rel=0.02)
