@@ -67,7 +67,7 @@ SHARED = {
     "engines.weights",
 }
 SHARED |= {f"codecs.{part}" for part in ("values", "kernels", "reference", "compiled", "entropy", "lossy")}
-SHARED |= {"policies.queue", "policies.ranking", "policies.survival"}
+SHARED |= {"policies.queue", "policies.ranking", "policies.survival", "policies.turns"}
 """Parts of one implementation, or of several, in a file of their own."""
 
 ONLY_IN: dict[str, tuple[str, ...]] = {

@@ -174,8 +174,8 @@ def test_what_waits_for_its_time_goes_only_for_something_clearly_better() -> Non
     """Two of the same worth: the newcomer is refused while the resident one is younger than most reuses."""
     policy = Hazard(1)
     policy.insert(key(0), 1, Access(1.0))
-    policy._survival.index = [[1.0] * len(row) for row in policy._survival.index]
-    policy._survival.usual = 10.0
+    policy._turns.requests.index = [[1.0] * len(row) for row in policy._turns.requests.index]
+    policy._turns.requests.usual = 10.0
     assert not policy.admit(key(1), 1, Access(2.0))
     assert policy.admit(key(2), 1, Access(20.0))
 

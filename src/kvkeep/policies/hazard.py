@@ -16,27 +16,13 @@ need is not admitted; if that is still young, it has to be worth clearly more.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections import deque
 from heapq import heapify, heappop, heappush
 from typing import ClassVar, NamedTuple
 
 from kvkeep.keys import BlockKey
 from kvkeep.policies.base import Access, Allowed, EvictionPolicy
-from kvkeep.policies.survival import BINS, EDGES, Survival, bin_of
+from kvkeep.policies.turns import Turn, Turns
 
-TURNS = 1, 2, 3, 5, 9, 17
-"""Limits of the classes by how many turns a conversation has had …"""
-NEW_BLOCKS = 1, 3, 8
-"""… how many blocks this one adds …"""
-LENGTHS = 2, 8, 40
-"""… and at the first turn by its length in blocks, later by how long the last turns took, in seconds."""
-GAPS = 8.0, 25.0, 70.0, 200.0
-USUAL_GAPS = 3.0, 14.0, 42.0, 130.0, 350.0
-"""What stands for each class of those: the next turn often takes about as long."""
-FEATURES = len(TURNS) + 1, len(NEW_BLOCKS) + 1, len(LENGTHS) + 1 + len(GAPS) + 1
-SHARED_FEATURES = len(TURNS) + 1, 1 + len(GAPS) + 1
-"""Of a beginning: how many uses it has had, and nothing, or how long the last ones took."""
 BRANCHES = 3
 """Blocks that follow one at which a prompt turns off: from so many on it ends a shared beginning."""
 REFRESH = 20
@@ -45,53 +31,12 @@ NEWCOMER = 0.85
 """What the index of a new block counts for beside that of one that still waits for its time (most reuses come later).
 An index supposes that a block is kept for as long as that pays; where room is short it often is not, and then each has
 pushed out the other for nothing."""
-MAX_TURNS = 1 << 16
-"""Turns that are remembered, whether any of their blocks is still resident or not."""
-MAX_WAITING = 256
-"""Requests with one beginning that may be computed at the same time."""
 SPARE = 1 << 10
 """Outdated entries that a heap may hold beside two for each block."""
 
 
-class _Turn:
-    """One request, or one use of a shared beginning. ``gap``: a mean of what the last two turns took, ``last_gap`` the
-    last; -1 at the first. ``kind``: its class in ``table``; ``heap``: the number of that among all classes."""
-
-    __slots__ = (
-        "asked", "blocks", "done", "found", "gap", "ghost", "heap", "hits", "kind", "last_gap", "now", "number",
-        "shared", "table", "turns", "uses",
-    )  # fmt: skip
-
-    def __init__(self, number: int, now: float, blocks: int, hits: int, table: Survival) -> None:
-        self.number = number
-        self.now = now
-        self.blocks = blocks
-        self.hits = hits
-        self.table = table
-        self.turns = 0
-        self.gap = self.last_gap = -1.0
-        self.kind = self.heap = 0
-        self.asked = False  # has it come to storing what was missing?
-        self.done = False  # was it extended?
-        self.ghost: BlockKey | None = None  # the first of its blocks that is not resident
-        self.found: _Turn | None = None  # whose the deepest of the found blocks was
-        self.shared: _Turn | None = None  # of a request: the beginning that it has in common with others …
-        self.uses: _Uses | None = None  # … and of that all uses
-
-
-class _Uses:
-    """Those of one shared beginning: the last one, whose request that was, and requests that have not come to storing
-    what they miss."""
-
-    __slots__ = ("last", "user", "waiting")
-
-    def __init__(self, last: _Turn, user: _Turn) -> None:
-        self.last, self.user = last, user
-        self.waiting: deque[_Turn] = deque(maxlen=MAX_WAITING)
-
-
 class _Block(NamedTuple):
-    turn: _Turn
+    turn: Turn
     position: int
     parent: BlockKey | None
     nbytes: int
@@ -111,20 +56,15 @@ class Hazard(EvictionPolicy):
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._survival = Survival(*FEATURES, usual_times=USUAL_GAPS)
-        self._shared = Survival(*SHARED_FEATURES, usual_times=USUAL_GAPS)  # of beginnings
+        self._turns = Turns()
         self._blocks: dict[BlockKey, _Block] = {}
         self._children: dict[BlockKey, int] = {}  # how many resident ones a block has
         self._leaves: dict[int, list[_Leaf]] = {}
         self._ranked: list[tuple[float, _Leaf, int]] = []  # the oldest leaf of each class, by index at _ranked_at
         self._ranked_at = -1.0
         self._due = self._wanted = False  # is there news for the index, and has it been of use since the last?
-        self._ghosts: dict[BlockKey, _Turn] = {}
         self._requests = 0
-        self._turns: list[_Turn] = []
-        self._forgotten = 0  # turns that are no longer in that list
-        self._aged = [0] * BINS  # for each age bin the number of the first turn that has not passed it
-        self._current: _Turn | None = None
+        self._current: Turn | None = None
         self._current_at = 0.0  # when that came, or came again to store what was missing
         self._tip: BlockKey | None = None  # the last resident block of the request that is being admitted
         self._now = 0.0
@@ -141,19 +81,16 @@ class Hazard(EvictionPolicy):
             victim = self.victim(lambda candidate: candidate != tip)
             if victim is not None:
                 held = self._blocks[victim].turn
-                waits = self._now - held.now < held.table.usual
-                worth = turn.table.index[turn.kind][0] * (NEWCOMER if waits else 1.0)
-                if worth < self._rank_of(held):
-                    self._haunt(turn, key)
+                worth = turn.worth(turn.now) * (NEWCOMER if held.waits(self._now) else 1.0)
+                if worth < held.worth(self._now):
+                    self._turns.haunt(turn, key)
                     return False
         self._promised += nbytes
         return True
 
     def insert(self, key: BlockKey, nbytes: int, access: Access) -> None:
         turn = self._request(key, access)
-        ghost = self._ghosts.pop(key, None)
-        if ghost is not None:
-            ghost.ghost = None
+        self._turns.forget(key)
         self._promised = max(0, self._promised - nbytes)
         self._used += nbytes
         self._most = max(self._most, self._used)
@@ -182,7 +119,7 @@ class Hazard(EvictionPolicy):
         if evicted:
             if not self._evicted:
                 self._most = self._used
-            self._haunt(block.turn, key)
+            self._turns.haunt(block.turn, key)
         self._evicted = evicted
         self._used -= block.nbytes
         parent = block.parent
@@ -238,7 +175,7 @@ class Hazard(EvictionPolicy):
             and leaf[-1] not in self._children
         )
 
-    def _offer(self, leaf: _Leaf, turn: _Turn) -> None:
+    def _offer(self, leaf: _Leaf, turn: Turn) -> None:
         heap = self._leaves.setdefault(turn.heap, [])
         if len(heap) > 2 * len(self._blocks) + SPARE:  # each touch leaves an outdated entry
             every = set(heap)
@@ -248,7 +185,7 @@ class Hazard(EvictionPolicy):
                 self._move(each, turn.heap)
         heappush(heap, leaf)
         if heap[0] is leaf and self._ranked_at == self._now:
-            heappush(self._ranked, (self._rank_of(turn), leaf, turn.heap))
+            heappush(self._ranked, (turn.worth(self._now), leaf, turn.heap))
 
     def _rank(self) -> None:
         self._wanted = True
@@ -266,8 +203,7 @@ class Hazard(EvictionPolicy):
         """Compute the index again. That takes milliseconds, so not where there is room, or nothing but hits."""
         self._due = self._wanted = False
         self._ranked_at = -1.0
-        self._survival.refresh()
-        self._shared.refresh()
+        self._turns.refresh()
 
     def _rank_class(self, kind: int) -> None:
         """Rank the oldest leaf of a class."""
@@ -275,7 +211,7 @@ class Hazard(EvictionPolicy):
         while heap:
             leaf = heap[0]
             if self._holds(leaf, kind):
-                heappush(self._ranked, (self._rank_of(self._blocks[leaf[-1]].turn), leaf, kind))
+                heappush(self._ranked, (self._blocks[leaf[-1]].turn.worth(self._now), leaf, kind))
                 return
             heappop(heap)
             self._move(leaf, kind)
@@ -286,13 +222,9 @@ class Hazard(EvictionPolicy):
         if block is not None and block.turn.heap != kind and self._holds(leaf, block.turn.heap):
             self._offer(leaf, block.turn)
 
-    def _rank_of(self, turn: _Turn) -> float:
-        age = self._now - turn.now
-        return -1.0 if age > turn.table.guard else turn.table.index[turn.kind][bin_of(age)]
+    # Which turn a request is
 
-    # Turns
-
-    def _request(self, key: BlockKey, access: Access) -> _Turn:
+    def _request(self, key: BlockKey, access: Access) -> Turn:
         """The turn that the block belongs to: its request's, a new one if it is the first of that, or that of the
         beginning which the request shares with others."""
         turn = self._current
@@ -321,16 +253,16 @@ class Hazard(EvictionPolicy):
         shared = turn.shared
         return turn if shared is None or access.position >= shared.blocks else shared
 
-    def _found(self, turn: _Turn, earlier: _Turn) -> None:
+    def _found(self, turn: Turn, earlier: Turn) -> None:
         """The deepest block that a request found was ``earlier``'s. What it extends will show when it stores what is
         missing, but a beginning that is known to be shared is used now."""
         if earlier.uses is not None:
-            self._share(turn, earlier, turn.hits)
+            self._turns.share(turn, earlier, turn.hits)
             earlier.uses.waiting.append(turn)
         else:
             turn.found = earlier if earlier.asked else earlier.found or earlier
 
-    def _same_request(self, access: Access) -> _Turn | None:
+    def _same_request(self, access: Access) -> Turn | None:
         """The turn that touched the found blocks a while ago, or stored others, if now the rest comes: what was found
         below, what was missing, what was decoded since."""
         above = self._blocks.get(access.parent) if access.parent is not None else None
@@ -349,27 +281,20 @@ class Hazard(EvictionPolicy):
         turn.blocks = access.prompt_blocks
         return turn
 
-    def _begin(self, access: Access) -> _Turn:
+    def _begin(self, access: Access) -> Turn:
         self._now = max(self._now, access.now)
         if self._requests % REFRESH == 0:
-            self._age()
+            self._turns.age(self._now)
             self._due = True
             if self._wanted:
                 self._learn()
         self._requests += 1
-        turn = self._turn(access.now, access.prompt_blocks, access.hit_blocks, self._survival)
-        self._classify(turn, turn.blocks)
-        return turn
+        return self._turns.begin(access.now, access.prompt_blocks, access.hit_blocks)
 
-    def _turn(self, now: float, blocks: int, hits: int, table: Survival) -> _Turn:
-        turn = _Turn(self._forgotten + len(self._turns), now, blocks, hits, table)
-        self._turns.append(turn)
-        return turn
-
-    def _extend(self, turn: _Turn, key: BlockKey, access: Access) -> None:
+    def _extend(self, turn: Turn, key: BlockKey, access: Access) -> None:
         """Find the turn that this one extends, by the deepest block that is known; or else a beginning that it shares
         with that one."""
-        earlier = self._ghosts.get(key)
+        earlier = self._turns.ghost(key)
         known = access.position
         turns_off = False
         if earlier is not None:  # what follows is not asked for yet: as far as the earlier prompt went
@@ -387,32 +312,21 @@ class Hazard(EvictionPolicy):
                     turns_off = known < earlier.blocks and self._children.get(deepest, 0) >= BRANCHES
         if (
             earlier is None
-            or earlier.table is self._shared
+            or earlier.table is self._turns.beginnings
             or turns_off
             or 2 * known < earlier.blocks
             or (known < 2 and turn.blocks > 1)
         ):
-            self._classify(turn, turn.blocks - known)
+            self._turns.classify(turn, turn.blocks - known)
             if earlier is not None and turn.shared is None:
-                self._share(turn, earlier, known)
+                self._turns.share(turn, earlier, known)
             return
         if earlier.shared is not None and turn.shared is None:
-            self._share(turn, earlier.shared, earlier.shared.blocks)
-        self._follow(turn, earlier)
-        self._classify(turn, turn.blocks - known)
+            self._turns.share(turn, earlier.shared, earlier.shared.blocks)
+        self._turns.follow(turn, earlier)
+        self._turns.classify(turn, turn.blocks - known)
 
-    def _share(self, turn: _Turn, before: _Turn, blocks: int) -> None:
-        """The first ``blocks`` of ``turn`` are others' as well, of whom ``before`` is one."""
-        shared = turn.shared = self._turn(turn.now, blocks, blocks, self._shared)
-        if before.uses is None:
-            shared.uses = _Uses(shared, turn)
-        else:
-            shared.uses = before.uses
-            self._follow(shared, before.uses.last)
-            before.uses.last, before.uses.user = shared, turn
-        self._classify(shared, 0)
-
-    def _settle(self, turn: _Turn, key: BlockKey | None) -> None:
+    def _settle(self, turn: Turn, key: BlockKey | None) -> None:
         """Place the blocks up to ``key`` that were touched before it was known what this turn is."""
         shared = turn.shared
         while key is not None:
@@ -424,59 +338,3 @@ class Hazard(EvictionPolicy):
             if key not in self._children:
                 self._offer((block.turn.number, -block.position, block.order, key), block.turn)
             key = block.parent if shared is not None else None
-
-    def _follow(self, turn: _Turn, earlier: _Turn) -> None:
-        """Learn that ``earlier`` is used again now, by ``turn``."""
-        gap = max(0.0, turn.now - earlier.now)
-        if not earlier.done:
-            earlier.done = True
-            if earlier.number >= self._forgotten:
-                weight = earlier.blocks**0.5
-                for at in range(bin_of(gap)):
-                    if earlier.number >= self._aged[at]:  # not told of yet
-                        earlier.table.wait(earlier.kind, at, weight)
-                earlier.table.reuse(earlier.kind, gap, weight)
-        turn.turns = earlier.turns + 1
-        turn.last_gap = gap
-        turn.gap = gap if earlier.last_gap < 0 else ((gap + 0.5) * (earlier.last_gap + 0.5)) ** 0.5
-
-    def _classify(self, turn: _Turn, new_blocks: int) -> None:
-        turns, of_gap = bisect_right(TURNS, turn.turns), bisect_right(GAPS, turn.gap)
-        if turn.table is self._shared:
-            turn.kind = turns * SHARED_FEATURES[-1] + (0 if turn.gap < 0 else 1 + of_gap)
-            turn.heap = -1 - turn.kind
-        else:
-            last = bisect_right(LENGTHS, turn.blocks) if turn.gap < 0 else len(LENGTHS) + 1 + of_gap
-            _, of_new, of_last = FEATURES
-            turn.kind = turn.heap = (turns * of_new + bisect_right(NEW_BLOCKS, new_blocks)) * of_last + last
-
-    def _haunt(self, turn: _Turn, key: BlockKey) -> None:
-        """Remember the first block of ``turn`` that is not resident: whoever extends it will ask for that one."""
-        if turn.number < self._forgotten:
-            return
-        if turn.ghost is not None:
-            self._ghosts.pop(turn.ghost, None)
-        before = self._ghosts.get(key)
-        if before is not None:
-            before.ghost = None
-        turn.ghost = key
-        self._ghosts[key] = turn
-
-    def _age(self) -> None:
-        """Tell of the time that turns have waited; forget the oldest."""
-        end = self._forgotten + len(self._turns)
-        for at in range(BINS - 1):
-            until = self._now - EDGES[at + 1]
-            number = max(self._aged[at], self._forgotten)
-            while number < end and self._turns[number - self._forgotten].now <= until:
-                turn = self._turns[number - self._forgotten]
-                if not turn.done:
-                    turn.table.wait(turn.kind, at, turn.blocks**0.5)
-                number += 1
-            self._aged[at] = number
-        if len(self._turns) > MAX_TURNS + MAX_TURNS // 4:
-            for turn in self._turns[: MAX_TURNS // 4]:
-                if turn.ghost is not None:
-                    self._ghosts.pop(turn.ghost, None)
-            del self._turns[: MAX_TURNS // 4]
-            self._forgotten += MAX_TURNS // 4
