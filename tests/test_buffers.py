@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvkeep.buffers import HUGE_PAGE, PAGE, BufferPool, anonymous, as_bytes, nbytes_of, populate, round_up
+from kvkeep.stores import memory
 
 
 def test_as_bytes_is_flat_and_no_copy() -> None:
@@ -65,14 +66,35 @@ def test_memory_is_touched_in_small_pieces_and_keeps_its_content(monkeypatch: py
     monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(madvise=madvise))
     if not populate(region, PAGE, 3 * HUGE_PAGE):
         pytest.skip("a kernel before 5.14")
+    monkeypatch.undo()
     assert max(asked) <= HUGE_PAGE
     assert sum(asked) == 3 * HUGE_PAGE
-    there = (ctypes.c_ubyte * (4 * HUGE_PAGE // PAGE))()
-    anchor = ctypes.c_char.from_buffer(region)
-    assert libc.mincore(ctypes.c_void_p(ctypes.addressof(anchor)), ctypes.c_size_t(4 * HUGE_PAGE), there) == 0
-    del anchor
-    assert [page & 1 for page in there] == [0] + [1] * (3 * HUGE_PAGE // PAGE) + [0] * (HUGE_PAGE // PAGE - 1)
+    assert _there(region) == [0] + [1] * (3 * HUGE_PAGE // PAGE) + [0] * (HUGE_PAGE // PAGE - 1)
     assert region[PAGE : PAGE + 4] == b"here"
+
+
+def _there(region: mmap.mmap) -> list[int]:
+    """Of each page 1 if it has been touched."""
+    there = (ctypes.c_ubyte * (len(region) // PAGE))()
+    anchor = ctypes.c_char.from_buffer(region)
+    nbytes = ctypes.c_size_t(len(region))
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(anchor)), nbytes, there) == 0
+    del anchor
+    return [page & 1 for page in there]
+
+
+@pytest.mark.parametrize("prefault", [False, True])
+def test_memory_is_taken_ahead_of_its_use_or_all_at_once(prefault: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "TOUCH_AHEAD_NBYTES", 8 << 20)
+    if not populate(mmap.mmap(-1, PAGE), 0, PAGE):
+        pytest.skip("a kernel before 5.14")
+    with closing(memory.MemoryStore(64 << 20, prefault=prefault)) as store:
+        while store.maintain():
+            pass
+        there = _there(store._region)
+    touched = len(there) if prefault else (8 << 20) // PAGE
+    assert 0 not in there[:touched]
+    assert sum(there) <= touched + HUGE_PAGE // PAGE
 
 
 def test_a_buffer_comes_back() -> None:

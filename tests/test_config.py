@@ -105,6 +105,7 @@ def test_no_ages(text: str) -> None:
         ({"max_kl": "small"}, "nats a token"),
         ({"max_kl": -1}, "nats a token"),
         ({"force": "no"}, "true or false"),
+        ({"prefault": 1}, "prefault is true or false"),
         ({"block_tokens": "16"}, "number of tokens"),
         ({"block_tokens": -1}, "number of tokens"),
         ({"namespace": "tenant a"}, "namespace is bytes"),

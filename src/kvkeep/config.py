@@ -17,6 +17,7 @@
     max_kl = 0.01          # a codec that is measured to cost a model more is refused; see kvkeep quality
     force = false          # true: not even then
     block_tokens = 0       # 0: the layout's default
+    prefault = false       # true: take all of memory at once; inside vLLM that is the default
 
     [policy]               # or, in place of one value: one for each tier
     memory = "lru"
@@ -64,10 +65,13 @@ class Config:
     max_kl: float = MAX_KL
     force: bool = False
     block_tokens: int = 0
+    prefault: bool | None = None
+    """``None``: no, unless the engine says otherwise."""
 
     def open(self, *, namespace: bytes = b"") -> KVCache:
         """The cache that this describes."""
         options = {each.name: getattr(self, each.name) for each in fields(self)}
+        options["prefault"] = bool(self.prefault)
         return open_cache(options.pop("dir"), namespace=namespace, **options)
 
 

@@ -64,6 +64,7 @@ def open(
     max_kl: float = MAX_KL,
     force: bool = False,
     block_tokens: int = 0,
+    prefault: bool = False,
     trace: str | os.PathLike[str] | None = None,
     observer: Observer | None = None,
 ) -> KVCache:
@@ -86,8 +87,9 @@ def open(
     memory: ``"env:NAME"``, a file's path, or a callable that returns a key of 32 bytes; of several in a list the first
     encrypts and all decrypt. Where ``kvkeep quality`` has left a report on a model, a codec that costs it more than
     ``max_kl`` (nats a token) is refused when the cache is bound to it, unless ``force``. ``block_tokens`` 0 picks the
-    layout's default. ``trace`` names a file to which requests are recorded, in hashes, sizes and times, for
-    ``kvkeep replay`` and ``kvkeep size``.
+    layout's default. ``prefault`` takes all of ``memory`` from the system at once, in the background, and not as it
+    fills: for servers, whose first requests then do not pay for fresh pages. ``trace`` names a
+    file to which requests are recorded, in hashes, sizes and times, for ``kvkeep replay`` and ``kvkeep size``.
 
     Raises :class:`ConfigError` on a wrong option, :class:`~kvkeep.errors.StoreError` if the directory cannot be used
     at all; a server that is down is not an error.
@@ -106,7 +108,7 @@ def open(
     for option, value in {
         "memory": memory, "disk": disk, "policy": policy, "codec": codec, "ttl": ttl, "quota": quota,
         "write_rule": write_rule, "admission": admission, "max_kl": max_kl, "force": force,
-        "block_tokens": block_tokens,
+        "block_tokens": block_tokens, "prefault": prefault,
     }.items():  # fmt: skip
         if value is not None or option in ("memory", "disk"):
             checked(option, value)
@@ -139,7 +141,7 @@ def open(
 
         recorder = Recorder(trace)
     staging = min(STAGING_NBYTES, disk_nbytes or STAGING_NBYTES)
-    arena = MemoryStore(memory_nbytes or staging)
+    arena = MemoryStore(memory_nbytes or staging, prefault=prefault)
     tiers = [tier("memory", arena)]
     directory = None
     if disk_nbytes and path is not None:

@@ -41,9 +41,9 @@ def checked(key: str, value: Any) -> Any:
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0:
                 raise ConfigError(f"max_kl is a number of nats a token, not {value!r}")
             return value
-        case "force":
+        case "force" | "prefault":
             if not isinstance(value, bool):
-                raise ConfigError(f"force is true or false, not {value!r}")
+                raise ConfigError(f"{key} is true or false, not {value!r}")
             return value
         case "policy" | "codec" | "ttl" | "write_rule" | "admission":
             _check_tiers(key, value)

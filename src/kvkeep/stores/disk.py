@@ -97,7 +97,7 @@ class DiskStore(Store):
         self._owner: Owner | None = None
         self._stamps: dict[BlockKey, int] | None = {}  # only while opening: what is adopted is ordered by age
         self._seen_mtime = -1
-        self._next_scan = 0.0
+        self._next_scan = self._next_growth = 0.0
         self._closed = False
         try:
             if not self._read_only:
@@ -428,11 +428,15 @@ class DiskStore(Store):
             os.close(fd)
 
     def _grow(self) -> bool:
-        """One more slab of our own: a new one within the budget, else one that nobody holds."""
+        """One more slab of our own: a new one within the budget, else one that nobody holds. Who has some asks once a
+        second: looking through the directory costs more than evicting a block."""
         owned = any(slab.owned for slab in self._slabs.values())
+        if owned and time.monotonic() < self._next_growth:
+            return False
         try:
             if self._create() or self._adopt_one():
                 return True
+            self._next_growth = time.monotonic() + 1
             if not owned:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
                 os.close(os.open(self.path / "want", flags, 0o600))

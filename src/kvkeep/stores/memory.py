@@ -53,12 +53,14 @@ class _Lent:
 
 
 class MemoryStore(Store):
-    """``capacity`` bytes of private memory, reserved at once and touched as they are needed."""
+    """``capacity`` bytes of private memory, reserved at once and touched a little ahead of their use; with ``prefault``
+    all of them as soon as :meth:`maintain` can."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, *, prefault: bool = False) -> None:
         if capacity < 0:
             raise ConfigError(f"a memory store of {capacity} bytes: capacity is at least 0")
         self.capacity = capacity
+        self._ahead = capacity if prefault else TOUCH_AHEAD_NBYTES
         self._open(capacity)
 
     def _open(self, capacity: int) -> None:
@@ -154,7 +156,7 @@ class MemoryStore(Store):
 
     def maintain(self) -> bool:
         """Touch pages ahead of their use: fresh ones would cost a save ten times the copy."""
-        goal = min(self._used + TOUCH_AHEAD_NBYTES, self.capacity or 0)
+        goal = min(self._used + self._ahead, self.capacity or 0)
         nbytes = min(TOUCH_NBYTES, goal - self._touched)
         if nbytes <= 0 or self._closed or not populate(self._region, self._touched, nbytes):
             return False

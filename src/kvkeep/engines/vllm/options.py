@@ -2,9 +2,8 @@
 
 Either ``{"config": "kvkeep.toml"}`` or the same keys inline (:mod:`kvkeep.config`: ``dir``, ``memory``, ``disk``,
 ``remote``, ``policy``, ``codec``, ``ttl``, ``block_tokens``, …); without any, what ``KVKEEP_CONFIG`` names or the
-defaults. Beside them:
-
-(``codec`` is raw for the disk unless it is given: a hit's time counts here more than its bytes.)
+defaults. Two of these defaults are others here: ``codec`` is raw for the disk, since a hit's time counts more than its
+bytes, and ``prefault`` is true, since a server takes its memory when it starts. Beside them:
 
 ``aligned`` (false): hits end at vLLM's block boundaries only, as those of its own prefix cache do.
 ``async_load`` ("auto"): load while other requests are computed. ``true``, ``false``, or "auto": what lies on a remote
@@ -58,10 +57,14 @@ def parse(extra: dict[str, Any]) -> Options:
 
 
 def _usable(cache: Config) -> Config:
-    """With the codec that is the default here. Raises :class:`ConfigError` if nothing could be kept."""
+    """With the defaults that are others here. Raises :class:`ConfigError` if nothing could be kept."""
     if not cache.memory and not cache.disk and cache.remote is None:
         raise ConfigError("a cache without any tier keeps nothing: give memory, disk or remote")
-    return replace(cache, codec={"disk": "raw"}) if cache.codec is None else cache
+    return replace(
+        cache,
+        codec={"disk": "raw"} if cache.codec is None else cache.codec,
+        prefault=cache.prefault is not False,
+    )
 
 
 def _boolean(name: str, value: Any, more: str = "") -> bool:
