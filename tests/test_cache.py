@@ -281,8 +281,8 @@ def test_a_disk_that_hangs_costs_one_wait(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_full_queue_drops_the_write_and_counts_it(tmp_path: Path) -> None:
     with kvkeep.open(tmp_path, memory="4MiB", disk="8MiB") as root:
-        root.store.queue_nbytes = 3 * LAYOUT.block_nbytes
-        with root.store._wake:  # the writer waits: nothing leaves the queue
+        root.store.writer.queue_nbytes = 3 * LAYOUT.block_nbytes
+        with root.store.writer._wake:  # the writer waits: nothing leaves the queue
             root.bind(LAYOUT).save(TOKENS, Source(TOKENS), patience=0)
         assert root.counters.count("dropped", tier="disk", cause="queue full") == 17
         assert root.flush(10)
@@ -410,13 +410,13 @@ def test_housekeeping_goes_on_while_there_is_more_to_do_but_not_beside_a_load() 
         cache.save(tokens, Source(tokens))
         keys = Source(tokens).keys
         for _ in range(3):  # no thread: each step waits until it is due
-            store.step()
+            store.writer.step()
         assert len(rounds) == 3
         blocks = store.blocks(keys, store.locate(keys), LAYOUT)
         next(blocks)
-        store.step()
-        store.step()
+        store.writer.step()
+        store.writer.step()
         assert len(rounds) == 3
         blocks.close()
-        store.step()
+        store.writer.step()
         assert len(rounds) == 4

@@ -223,10 +223,10 @@ def test_one_store_that_cannot_be_opened_in_a_child_leaves_the_others(tmp_path: 
         held = [(path / "lock").open("rb") for path in (one, two)]
         try:
             fcntl.flock(held[0], fcntl.LOCK_EX)
-            assert in_child(lambda: other.store._thread is None and found(other) == 4)
+            assert in_child(lambda: other.store.writer._thread is None and found(other) == 4)
             fcntl.flock(held[0], fcntl.LOCK_UN)
             fcntl.flock(held[1], fcntl.LOCK_EX)
-            assert in_child(lambda: first.store._thread is None and found(first) == 4)
+            assert in_child(lambda: first.store.writer._thread is None and found(first) == 4)
         finally:
             disk.LOCK_SECONDS = before
             for stream in held:

@@ -20,6 +20,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("keys",),
     ("stores", "codecs", "policies"),
     ("frame", "events", "crypt", "labels", "quality", "registry", "breaker", "tier", "trace", "admission"),
+    ("framing", "writing"),
     ("tiered", "flight", "sim", "values"),
     ("cache", "metrics", "options"),
     ("opening",),

@@ -1,7 +1,7 @@
 """A circuit breaker: a medium that failed is left alone until a probe in the background finds it well again.
 
 Closed: the medium is spoken to. Open: everything is a miss at once, nobody waits. The probe comes from the thread of
-:class:`kvkeep.tiered.TieredStore`, after a pause that doubles while the medium keeps failing. Each change of state
+:class:`kvkeep.writing.Writer`, after a pause that doubles while the medium keeps failing. Each change of state
 is one line in the log ``kvkeep`` and a counter.
 """
 

@@ -288,7 +288,7 @@ class KVCache(ValueFace):
         now = time.time()
         deadline = time.monotonic() + patience
         taken = 0
-        room = self.store.queue_nbytes if len(self.store.tiers) > 1 else BATCH_NBYTES
+        room = self.store.writer.queue_nbytes if len(self.store.tiers) > 1 else BATCH_NBYTES
         batch = max(1, min(BATCH_NBYTES // 2, room) // layout.block_nbytes)
         if hits is None:
             hits = first + (missing[0] if missing else len(keys))
@@ -352,7 +352,7 @@ class KVCache(ValueFace):
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait for the write-behind; was everything written within ``timeout`` seconds?"""
-        return self.store.flush(timeout)
+        return self.store.writer.flush(timeout)
 
     def close(self) -> None:
         """Flush and close. All caches bound from this one are closed with it."""

@@ -156,7 +156,7 @@ def open(
     queue_nbytes = min(room // 2 if memory_nbytes else room * 7 // 8, 1 << 30)
     tiered = TieredStore(tiers, codec=codec_named, observer=told, queue_nbytes=queue_nbytes, cipher=cipher)
     if memory_nbytes:
-        tiered.start()
+        tiered.writer.start()
     _at_exit.add(tiered)
     return KVCache(
         tiered, counters=counters, observer=told, namespace=namespace, block_tokens=block_tokens, directory=directory,

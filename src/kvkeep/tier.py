@@ -19,7 +19,7 @@ from kvkeep.admission import WriteRule
 from kvkeep.breaker import Breaker
 from kvkeep.buffers import nbytes_of
 from kvkeep.codecs.base import Codec
-from kvkeep.errors import StoreError, StoreFullError, ValueTooLargeError
+from kvkeep.errors import FrameError, StoreError, StoreFullError, ValueTooLargeError
 from kvkeep.events import Observer
 from kvkeep.keys import BlockKey
 from kvkeep.policies.base import Access, EvictionPolicy
@@ -255,6 +255,18 @@ class Tier:
             self._hidden.add(key)
         if first:
             log.warning("tier %s: blocks that cannot be used are left alone: %s", self.name, why)
+
+    def refuse(self, key: BlockKey, error: FrameError) -> None:
+        """A frame that is not what it should be is deleted; one that vanished meanwhile was merely overwritten, and
+        one that others may be able to read is left to them."""
+        if error.cause == "locked" or (error.cause in ("unknown", "version") and not self.owned):
+            self.hide(key, str(error))
+            self._observer.event("lost", tier=self.name, cause=error.cause)
+            return
+        mine = self.delete(key)
+        self._observer.event(
+            "corrupt" if mine else "lost", tier=self.name, cause=error.cause if mine else "overwritten"
+        )
 
     def maintain(self) -> bool:
         """From the background, about once a second: probe what failed, delete what is too old, keep house. Does the

@@ -60,5 +60,5 @@ def open_values(tiers: TieredStore, *, namespace: bytes, observer: Observer, dir
         index = MemoryIndex(capacity)
     if directory is not None:
         labels.note(directory, layout_of(1, namespace), "values", tiers.cipher)
-    flight = Flight(locks, written=lambda: tiers.flush(0))
+    flight = Flight(locks, written=lambda: tiers.writer.flush(0))
     return Values(tiers, index, flight, breaker, namespace=namespace, observer=observer)

@@ -102,7 +102,7 @@ class Values:
         self._observer = observer
         self._naming = naming(namespace)
         self._breaker = breaker
-        self._breaker.on_open = tiers.start
+        self._breaker.on_open = tiers.writer.start
         self._pool = BufferPool()
         self._said_locked = False
         self._said_unkept: set[str] = set()  # types
@@ -111,7 +111,7 @@ class Values:
         self._asked_once: dict[bytes, bool] = {}  # oldest first
         self._seen: dict[bytes, tuple[bytes, Entry]] = {}  # by name: entries, and the bytes that they were
         self._used: list[tuple[Tier, BlockKey, Access]] = []  # what policies have not been told of yet
-        tiers.upkeep.append(self._maintain)
+        tiers.writer.upkeep.append(self._maintain)
 
     # Names
 

@@ -61,7 +61,7 @@ class Worker:
             if parallel.pipeline_parallel_size > 1 or self._options.async_load is not False:
                 self._background = ThreadPoolExecutor(2, "kvkeep-load", initializer=_unpin)
                 list(self._background.map(int, range(2)))
-            tiers.store.start()
+            tiers.store.writer.start()
             self._ahead = Ahead(self._pages, _unpin) if on_cpu else None
         layout = KVLayout(
             naming.identity(self._config, attention=self._attention(layers), namespace=tiers.namespace),
