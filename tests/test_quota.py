@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 import kvkeep
 from kvkeep import frame
 from kvkeep.errors import ConfigError
+from kvkeep.stores.base import Item
 from kvkeep.tier import Tier
 
 BLOCK = 192 + 2 * 2 * 2 * 16 * 32 * 4  # of layout(), as a frame: 16,576 bytes
@@ -127,6 +130,29 @@ def test_when_the_tier_is_full_the_largest_tenant_gives_way(tmp_path: Path) -> N
         save(cache, b"small", 0, 5)
         save(cache, b"large", 0, 100)
         assert found(cache, b"small", 5, "memory") == list(range(5))
+
+
+def test_a_quota_holds_while_threads_of_one_tenant_save_at_once() -> None:
+    """Both have asked for room before either has stored anything."""
+    with kvkeep.open(memory="8MiB", quota=QUOTA) as cache:
+        bound, store = cache.bind(layout(b"a")), cache.store.tiers[0].store
+        both, put_many = threading.Barrier(2, timeout=10), store.put_many
+
+        def put_together(items: Sequence[Item]) -> int:
+            both.wait()
+            return put_many(items)
+
+        store.put_many = put_together  # type: ignore[method-assign]
+        threads = [threading.Thread(target=bound.save, args=([seed] * 96, Fill())) for seed in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        store.put_many = put_many  # type: ignore[method-assign]
+        assert spent(cache.store.tiers[0], b"a") == QUOTA
+        assert cache.counters.count("dropped", tier="memory", cause="quota") == 2
+        save(cache, b"a", 2, 10)
+        assert found(cache, b"a", 12, "memory") == list(range(2, 12)), "and what was claimed in vain is free again"
 
 
 @pytest.mark.parametrize("quota", [0, "0", -1, "many", {"dusk": 1}])

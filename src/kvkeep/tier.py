@@ -41,6 +41,9 @@ _Group = tuple[int, bytes | None]
 
 _COMMON: _Group = (0, None)
 
+_Claim = tuple[bytes, int]
+"""A tenant, and bytes that count as its own although they are not stored yet."""
+
 
 class Tier:
     """Owned (``policy`` given: this process evicts) or shared (``None``: the medium bounds itself)."""
@@ -84,7 +87,8 @@ class Tier:
         self._nbytes: dict[BlockKey, int] = {}  # the ledger: what the policies were told is resident
         self._policies: dict[_Group, EvictionPolicy] = {}  # one for each group, made when needed
         self._group: dict[BlockKey, _Group] = {}  # of those that are in another one than _COMMON
-        self._spent: Counter[bytes | None] = Counter()  # bytes of each tenant, with a quota only
+        self._spent: Counter[bytes | None] = Counter()  # bytes of each tenant, claimed ones too, with a quota only
+        self._claiming = threading.Lock()  # one at a time: who evicts for a claim sees no half of another's
         self._unlabelled: list[BlockKey] = []  # whose tenant is not known yet, with a quota only
         self._born: dict[BlockKey, float] = {}  # with a ttl only; oldest first
         self._pins: Counter[BlockKey] = Counter()
@@ -201,16 +205,19 @@ class Tier:
         """
         done = 0
         whole, pinned = items, [key for key, _ in items]
+        claims: list[_Claim] = []
         self.pin(pinned)  # a block must not evict its own neighbours
         self._spare([] if pin else pinned, accesses)
         cause = "unavailable"
         try:
             if self.quota is not None and self.breaker.closed:
-                items = items[: self._within_quota(items, accesses)]
+                self._claim(items, accesses, claims)
+                items = items[: len(claims)]
                 cause = "quota" if len(items) < len(whole) else cause
             while done < len(items) and self.breaker.closed and self.writing.closed:
                 stored = self.store.put_many(items[done:])
                 with self._lock:
+                    self._release(claims[done : done + stored])
                     for (key, parts), access in zip(items[done : done + stored], accesses[done:], strict=False):
                         self._insert(key, nbytes_of(parts), access, frame.tenant_of(parts[0]))
                 done += stored
@@ -229,6 +236,9 @@ class Tier:
             (self.writing if error.cause in WRITES_ONLY else self.breaker).failed("a write", error)
             cause = error.cause
         finally:
+            if claims[done:]:
+                with self._lock:
+                    self._release(claims[done:])
             self.unpin(pinned[done:] if pin else pinned)
         nbytes = sum(memoryview(part).nbytes for _, parts in items[:done] for part in parts)
         self._observer.event("put", done, nbytes=nbytes, tier=self.name)
@@ -296,19 +306,27 @@ class Tier:
             self._prompt.update(keys)
             self._prompt_end = keys[-1] if keys else None
 
-    def _within_quota(self, items: Sequence[Item], accesses: Sequence[Access]) -> int:
-        """How many of ``items``, from the front, their tenants may store; they evict their own for it."""
+    def _claim(self, items: Sequence[Item], accesses: Sequence[Access], claims: list[_Claim]) -> None:
+        """Count ``items``, from the front, against their tenants' quotas before they are stored, so that several who
+        store at once stay within them together. Tenants evict their own for it; ``claims`` gets one of each item that
+        finds room."""
         assert self.quota is not None
-        coming: Counter[bytes | None] = Counter()
-        for at, (key, parts) in enumerate(items):
-            if key in self._nbytes:
-                continue
-            tenant = frame.tenant_of(parts[0])
-            coming[tenant] += nbytes_of(parts)
-            over = self._spent[tenant] + coming[tenant] - self.quota
-            if over > 0 and self._evict(over, tenant, most=accesses[at].priority) < over:
-                return at
-        return len(items)
+        with self._claiming:
+            for (key, parts), access in zip(items, accesses, strict=True):
+                tenant = frame.tenant_of(parts[0])
+                with self._lock:
+                    claim = tenant, 0 if key in self._nbytes else nbytes_of(parts)
+                    self._spent[tenant] += claim[1]
+                    over = self._spent[tenant] - self.quota if claim[1] else 0
+                claims.append(claim)
+                if over > 0 and self._evict(over, tenant, most=access.priority) < over:
+                    with self._lock:
+                        self._release([claims.pop()])
+                    return
+
+    def _release(self, claims: Sequence[_Claim]) -> None:
+        for tenant, nbytes in claims:
+            self._spent[tenant] -= nbytes
 
     def _label(self) -> None:
         """With a quota: find out whose the blocks are that came with the medium, or from another process."""
