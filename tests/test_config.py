@@ -46,7 +46,7 @@ def test_defaults_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("memory = true", "memory is a size"),
         ("block_tokens = -1", "block_tokens"),
         ("block_tokens = true", "block_tokens"),
-        ("dir = 3", "dir is a text"),
+        ("dir = 3", "dir is a path"),
         ("dir = ", "kvkeep.toml"),
     ],
 )

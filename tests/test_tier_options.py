@@ -161,11 +161,23 @@ def test_each_tier_has_its_codec(tmp_path: Path, codec: str | dict[str, str] | N
         ({"ttl": "soon"}, "is no age"),
         ({"ttl": 0}, "keeps nothing"),
         ({"memory": 0}, "without any tier"),
+        ({"quota": {"remote": "1GiB"}}, "quota: a server bounds itself"),
+        ({"policy": {"remote": "lru"}}, "policy: a server bounds itself"),
+        ({"trace": 5}, "trace is a path, not 5"),
+        ({"path": 5}, "path is a path, not 5"),
+        ({"remote": 5}, "remote is a text"),
     ],
 )
 def test_a_wrong_option_is_named(options: dict[str, object], said: str) -> None:
     with pytest.raises(kvkeep.ConfigError, match=said):
         kvkeep.open(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("none", [None, {"memory": None}])
+def test_none_is_the_default(none: dict[str, None] | None) -> None:
+    options = dict.fromkeys(("policy", "codec", "ttl", "quota", "write_rule", "admission"), none)
+    with kvkeep.open(memory="4MiB", **options) as root:  # type: ignore[arg-type]
+        assert root.bind(LAYOUT).save(prompt(1), Source(prompt(1))) == 4
 
 
 def test_ttl_of_an_open_cache(tmp_path: Path) -> None:

@@ -53,12 +53,12 @@ def open(
     memory: int | str = "1GiB",
     disk: int | str = "10GiB",
     remote: str | None = None,
-    policy: PerTier[str] = DEFAULT_POLICY,
+    policy: PerTier[str] | None = DEFAULT_POLICY,
     codec: PerTier[str] | None = None,
     ttl: PerTier[float | str | None] = None,
     quota: PerTier[int | str | None] = None,
-    write_rule: PerTier[str] = "all",
-    admission: PerTier[str] = "all",
+    write_rule: PerTier[str] | None = "all",
+    admission: PerTier[str] | None = "all",
     namespace: bytes = b"",
     encryption: KeySource | Sequence[KeySource] | None = None,
     max_kl: float = MAX_KL,
@@ -89,7 +89,8 @@ def open(
     ``max_kl`` (nats a token) is refused when the cache is bound to it, unless ``force``. ``block_tokens`` 0 picks the
     layout's default. ``prefault`` takes all of ``memory`` from the system at once, in the background, and not as it
     fills: for servers, whose first requests then do not pay for fresh pages. ``trace`` names a
-    file to which requests are recorded, in hashes, sizes and times, for ``kvkeep replay`` and ``kvkeep size``.
+    file to which requests are recorded, in hashes, sizes and times, for ``kvkeep replay`` and ``kvkeep size``; folders
+    that its path or the cache's lacks are made, for this user alone.
 
     Raises :class:`ConfigError` on a wrong option, :class:`~kvkeep.errors.StoreError` if the directory cannot be used
     at all; a server that is down is not an error.
@@ -108,7 +109,7 @@ def open(
     for option, value in {
         "memory": memory, "disk": disk, "policy": policy, "codec": codec, "ttl": ttl, "quota": quota,
         "write_rule": write_rule, "admission": admission, "max_kl": max_kl, "force": force,
-        "block_tokens": block_tokens, "prefault": prefault,
+        "block_tokens": block_tokens, "prefault": prefault, "path": path, "remote": remote, "trace": trace,
     }.items():  # fmt: skip
         if value is not None or option in ("memory", "disk"):
             checked(option, value)
@@ -195,9 +196,10 @@ def _codec(codec: PerTier[str] | None, tier: str, *, alone: bool) -> str:
     return named or ("raw" if tier == "memory" or find_spec("zstandard") is None else "lossless")
 
 
-def _of(value: PerTier[T], name: str, default: T) -> T:
-    """What ``value`` says for tier ``name``."""
-    return value.get(name, default) if isinstance(value, Mapping) else value
+def _of(value: PerTier[T] | None, name: str, default: T) -> T:
+    """What ``value`` says for tier ``name``; None stands for the default."""
+    found = value.get(name) if isinstance(value, Mapping) else value
+    return default if found is None else found
 
 
 def _policy(name: str) -> type[EvictionPolicy]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -10,7 +11,8 @@ from kvkeep import admission, registry
 from kvkeep.errors import ConfigError, nearest
 from kvkeep.sizes import parse_age, parse_size
 
-TIERS = ("memory", "disk", "remote")
+OWNED = ("memory", "disk")
+TIERS = (*OWNED, "remote")
 
 T = TypeVar("T")
 PerTier: TypeAlias = T | Mapping[str, T]
@@ -27,7 +29,7 @@ def checked(key: str, value: Any) -> Any:
                 raise ConfigError(f'{key} is a size such as 1048576 or "2GiB", not {value!r}')
             return parse_size(value)
         case "quota":
-            _check_tiers(key, value)
+            _check_tiers(key, value, OWNED)
             for one in _each(value):
                 if not isinstance(one, (int, str)) or isinstance(one, bool):
                     raise ConfigError(f'quota is a size such as 1048576 or "2GiB", not {one!r}')
@@ -46,7 +48,7 @@ def checked(key: str, value: Any) -> Any:
                 raise ConfigError(f"{key} is true or false, not {value!r}")
             return value
         case "policy" | "codec" | "ttl" | "write_rule" | "admission":
-            _check_tiers(key, value)
+            _check_tiers(key, value, OWNED if key == "policy" else TIERS)
             for one in _each(value):
                 if key == "ttl" and isinstance(one, (int, float)) and not isinstance(one, bool):
                     continue
@@ -66,10 +68,14 @@ def checked(key: str, value: Any) -> Any:
             ):
                 raise ConfigError('encryption is "env:NAME" or "file:PATH", or a list of these')
             return value
+        case "path" | "dir" | "trace":
+            if not isinstance(value, (str, os.PathLike)):
+                raise ConfigError(f"{key} is a path, not {value!r}")
+            return Path(value)
         case _:
             if not isinstance(value, str):
                 raise ConfigError(f"{key} is a text, not {'that' if key == 'remote' else repr(value)}")
-            return Path(value) if key in ("dir", "trace") else value
+            return value
 
 
 def _each(value: Any) -> list[Any]:
@@ -77,9 +83,11 @@ def _each(value: Any) -> list[Any]:
     return [one for one in value.values() if one is not None] if isinstance(value, Mapping) else [value]
 
 
-def _check_tiers(option: str, value: Any) -> None:
-    """Raise :class:`ConfigError` if ``value`` is a mapping that names a tier which does not exist."""
+def _check_tiers(option: str, value: Any, tiers: Sequence[str]) -> None:
+    """Raise :class:`ConfigError` if ``value`` is a mapping that names a tier which is none of ``tiers``."""
     if isinstance(value, Mapping):
         for name in value:
             if name not in TIERS:
                 raise ConfigError(f"{option}: there is no tier {name!r}; {nearest(str(name), list(TIERS))}")
+            if name not in tiers:
+                raise ConfigError(f"{option}: a server bounds itself, so there is none for {name!r}")
