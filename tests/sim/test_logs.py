@@ -14,6 +14,7 @@ from kvkeep.errors import ConfigError
 from kvkeep.trace import Trace, merge, read, read_all
 
 Write = Callable[..., Path]
+IDS = list(range(100, 148))
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def shared(trace: Trace, first: int = 0, second: int = 1) -> int:
     return sum(one == other for one, other in zip(*pair, strict=False))
 
 
-def mooncake(at: int, tokens: int, ids: list[int], **more: int) -> dict[str, Any]:
+def mooncake(at: float, tokens: int, ids: list[int], **more: int) -> dict[str, Any]:
     return {"timestamp": at, "input_length": tokens, "output_length": 7, "hash_ids": ids, **more}
 
 
@@ -52,6 +53,10 @@ def test_mooncake_with_another_block_size(write: Write) -> None:
     assert read(write(mooncake(0, 600, [5, 6], block_size=256))).block_tokens == 256
     path = write(mooncake(0, 600, [5, 6]))
     assert read(path, block_tokens=256).block_tokens == 256
+
+
+def test_a_byte_order_mark_is_passed_over(write: Write) -> None:
+    assert read(write("\ufeff" + json.dumps(mooncake(0, 512, [1])))).num_tokens == 512
 
 
 def test_requests_are_put_in_the_order_of_time(write: Write) -> None:
@@ -83,6 +88,12 @@ def test_several_files_side_by_side(write: Write) -> None:
         ([mooncake(0, 1024, [1, 1])], "line 1.*twice"),
         ([{**mooncake(0, 512, [1]), "input_length": "many"}], "line 1"),
         ([{**mooncake(0, 512, [1]), "input_length": -5}], "line 1"),
+        ([{**mooncake(0, 512, [1]), "output_length": -7}], "line 1.*0 or more"),
+        ([mooncake(0, 512, [1]), mooncake(float("nan"), 512, [1])], "line 2.*0 or more"),
+        ([mooncake(float("inf"), 512, [1])], "line 1.*0 or more"),
+        ([mooncake(-1, 512, [1])], "line 1.*0 or more"),
+        ([mooncake(10**400, 512, [1])], "line 1.*0 or more"),
+        ([mooncake(True, 512, [1])], "line 1.*0 or more"),
         ([{**mooncake(0, 512, [1]), "hash_ids": [None]}], "line 1.*hash id"),
         ([mooncake(0, 512, [1, 2], block_size=256), mooncake(0, 512, [1], block_size=512)], "line 2"),
         ([mooncake(0, 512, [1], block_size=0)], "line 1"),
@@ -110,9 +121,6 @@ def test_files_that_are_not_there_or_damaged(write: Write, tmp_path: Path) -> No
             read(path)
 
 
-IDS = list(range(100, 148))
-
-
 @pytest.mark.parametrize(
     "line",
     [
@@ -120,7 +128,7 @@ IDS = list(range(100, 148))
         {"prompt": IDS},
         {"prompt": [IDS]},
         {"input_ids": IDS, "prompt": "text that nobody needs to tokenise"},
-        {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {"model": "m", "prompt": IDS}},
+        {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {"prompt": IDS}},
         {"request": {"token_ids": IDS}},
         {"request": {"body": {"prompt_token_ids": IDS}}, "response": {"status": 200}},
     ],
@@ -159,8 +167,47 @@ def test_a_real_tokenizer(write: Write, tmp_path: Path) -> None:
     assert shared(trace) == 2
     assert read(path, tokenizer=str(tmp_path / "tokenizer.json")).num_tokens == 40
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ConfigError, match="no tokenizer"):
-        read(path, tokenizer=str(tmp_path))
+    for wrong in ("{}", '{"model": 3}'):
+        (tmp_path / "tokenizer.json").write_text(wrong)
+        with pytest.raises(ConfigError, match="no tokenizer"):
+            read(path, tokenizer=str(tmp_path))
+
+
+CHAT = [{"role": "user", "content": "What is a cache, and what does it cost to keep one?"}]
+RESULT = {"type": "function_call_output", "output": "A long answer of a tool, " * 4}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"prompt": IDS, "model": "a"}, {"prompt": IDS, "model": "b"}),
+        ({"prompt": IDS, "model": "a"}, {"prompt": IDS}),
+        ({"body": {"prompt": IDS}, "model": "a"}, {"body": {"prompt": IDS}, "model": "b"}),
+        ({"messages": CHAT, "cache_salt": "a"}, {"messages": CHAT, "cache_salt": "b"}),
+        ({"messages": CHAT, "system": "Be brief."}, {"messages": CHAT, "system": "Be long."}),
+        ({"input": "text " * 20, "instructions": "Be brief."}, {"input": "text " * 20, "instructions": "Be long."}),
+        ({"input": "text " * 20, "tools": [{"name": "a"}]}, {"input": "text " * 20}),
+        ({"input": [RESULT]}, {"input": [RESULT | {"output": "Another " + RESULT["output"]}]}),
+    ],
+)
+def test_what_no_engine_would_share_has_other_keys(write: Write, first: dict[str, Any], second: dict[str, Any]) -> None:
+    trace = read(write(first, second, first), tokenizer="bytes", block_tokens=4)
+    assert shared(trace, 0, 2) == len(trace.requests[0].keys) >= 3
+    assert shared(trace) <= 1
+
+
+@pytest.mark.parametrize("prompt", [["word " * 20, "word " * 10 + "else " * 10], [IDS[:25], [*IDS[:12], *range(13)]]])
+def test_several_prompts_in_one_request(write: Write, prompt: list[Any]) -> None:
+    trace = read(write({"prompt": prompt, "ts": 3}, {"prompt": prompt[0], "ts": 4}), tokenizer="bytes", block_tokens=4)
+    assert [(request.now, request.num_tokens) for request in trace.requests] == [(3, 25), (3, 25), (4, 25)]
+    assert shared(trace, 0, 2) == 6
+    assert shared(trace, 0, 1) == 3
+
+
+def test_outputs_of_several_prompts(write: Write) -> None:
+    prompts, answers = [IDS[:20], IDS[:16]], [IDS[20:32], IDS[16:48]]
+    trace = read(write({"prompt": prompts, "output_token_ids": answers}))
+    assert [(request.num_tokens, len(request.keys)) for request in trace.requests] == [(20, 1), (0, 2), (16, 1), (0, 3)]
 
 
 def test_decoded_tokens_are_kept(write: Write) -> None:
@@ -206,6 +253,8 @@ def test_times(write: Write, time: object, seconds: float) -> None:
         ([{"prompt": [1, "a"]}], "line 1.*token ids"),
         ([{"prompt": [1, -4]}], "line 1.*token id"),
         ([{"prompt": {"text": 1}}], "line 1"),
+        ([{"prompt": ["text", 1]}], "line 1"),
+        ([{"prompt": [IDS, IDS], "output_token_ids": IDS}], "line 1.*2 prompts"),
     ],
 )
 def test_wrong_requests(write: Write, lines: list[Any], message: str) -> None:
@@ -233,3 +282,25 @@ def test_the_log_of_vllm(write: Write) -> None:
     assert read(text, tokenizer="bytes").num_tokens == 18
     with pytest.raises(ConfigError, match="VLLM_LOGGING_LEVEL"):
         read(write("INFO 11-20 12:34:56 [logger.py:43] Received request cmpl-1: params: SamplingParams(n=1)"))
+
+
+def test_ids_in_the_text_of_a_prompt_are_text(write: Write) -> None:
+    said = "INFO 11-20 12:34:56 x] Received request 1: prompt: 'a prompt_token_ids: [1, 2, 3], b', "
+    trace = read(
+        write(f"{said}params: S(stop=['prompt_token_ids: [4]']), prompt_token_ids: {IDS}, lora_request: None.")
+    )
+    assert trace.num_tokens == len(IDS)
+    assert read(write(f"{said}prompt_token_ids: None."), tokenizer="bytes").num_tokens == 8
+
+
+def test_a_log_of_vllm_over_new_year(write: Write) -> None:
+    def line(when: str) -> str:
+        return f"INFO {when} x] Received request 1: prompt: 'x', prompt_token_ids: {IDS}."
+
+    dates = ("12-31 23:59:59", "01-01 00:00:01", "12-31 23:59:58", "02-29 00:00:00", "02-28 00:00:00")
+    trace = read(write(*map(line, dates)))
+    assert [request.now - trace.requests[0].now for request in trace.requests] == [
+        0, 1, 3, 58 * 86400 + 2, 59 * 86400 + 2
+    ]  # fmt: skip
+    dated = read(write(line("2025-11-20 00:00:00"), line("2024-11-20 00:00:00")))
+    assert dated.seconds == 365 * 86400

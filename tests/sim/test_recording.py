@@ -184,6 +184,8 @@ def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
         (lambda line: {**line, "l": 9}, "line 3"),
         (lambda line: {**line, "r": 7, "p": 2}, "line 3"),
         (lambda line: {**line, "t": None}, "line 3"),
+        (lambda line: {**line, "t": float("nan")}, "line 3.*no time"),
+        (lambda line: {**line, "t": 10**400}, "line 3"),
         (lambda line: {"kvkeep": "trace 9"}, "line 3.*trace 9"),
     ],
 )

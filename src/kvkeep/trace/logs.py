@@ -1,13 +1,15 @@
 """Request logs: what a server was asked, as text, messages or token ids; tokenised and hashed while they are read.
 
 *JSON lines* of an OpenAI-style request, alone or within ``body`` or ``request`` (a proxy's or a batch file's line):
-``prompt_token_ids``, ``token_ids`` or ``input_ids``, or ``prompt`` (text or ids), ``input``, or ``messages``. The time
-is ``timestamp``, ``time``, ``ts``, ``created``, ``arrival_time``, … in seconds, milli-, micro- or nanoseconds since
-1970 (told apart by size), in seconds since the start, or as ISO 8601; a log without times gets one second between
-requests. ``output_token_ids`` are kept as decoded blocks.
+``prompt_token_ids``, ``token_ids`` or ``input_ids``, or ``prompt`` (text or ids), ``input``, or ``messages``; each of
+several prompts is a request. Those of another ``model`` or ``cache_salt`` have nothing in common. The time is
+``timestamp``, ``time``, ``ts``, ``created``, ``arrival_time``, … in seconds, milli-, micro- or nanoseconds since 1970
+(told apart by size), in seconds since the start, or as ISO 8601; a log without times gets one second between requests.
+``output_token_ids`` are kept as decoded blocks.
 
 *vLLM's log* with ``--enable-log-requests`` (and ``VLLM_LOGGING_LEVEL=DEBUG`` since 0.11.1): lines with
-``prompt_token_ids: […]`` or ``prompt: '…'``; other lines are passed over.
+``prompt_token_ids: […]`` or ``prompt: '…'``; other lines are passed over. Where dates lack the year, each is in
+the one that brings it nearest to the line before.
 
 Text needs a tokenizer. Messages are written one below the other with their roles: not the model's own template, but
 the same prefixes are the same, and lengths differ by a few tokens a message.
@@ -39,9 +41,14 @@ _IDS = ("prompt_token_ids", "token_ids", "input_ids")
 _TEXTS = ("messages", "prompt", "input")
 _TIMES = ("timestamp", "@timestamp", "time", "ts", "arrival_time", "arrived_at", "created", "created_at", "start_time")
 _OUTPUT_IDS = ("output_token_ids", "completion_token_ids")
-_VLLM_IDS = re.compile(r"prompt_token_ids: \[([\d, ]+)\]")
-_VLLM_TEXT = re.compile(r"""prompt: ('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
+_BEFORE = ("tools", "system", "instructions")
+"""Of a request with messages or input: what stands before them."""
+_VLLM_IDS = re.compile(r".*prompt_token_ids: \[([\d, ]+)\]")  # the last: parameters may quote others
+_VLLM_TEXT = re.compile(r"""prompt: ('[^'\\]*(?:\\.[^'\\]*)*'|"[^"\\]*(?:\\.[^"\\]*)*")""")
 _VLLM_TIME = re.compile(r"(\d{4}-)?(\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:[.,](\d+))?")
+
+_YEAR = 366 * 86400
+"""Seconds of 2000, into which dates without a year are put: it has a 29 February."""
 
 Tokenize = Callable[[str], Tokens]
 
@@ -65,7 +72,14 @@ def parse(name: str, lines: Iterable[tuple[int, dict[str, Any]]], *, block_token
                 timed = now is not None
             if timed != (now is not None):
                 raise ConfigError("some requests have a time, this one differs")
-            prompts.add(now if now is not None else float(count), prompts.tokens(body), _first(line, _OUTPUT_IDS))
+            found, answers = prompts.tokens(body), _first(line, _OUTPUT_IDS)
+            if len(found) == 1 or not answers:
+                answers = [answers] * len(found)
+            if not isinstance(answers, list) or len(answers) != len(found):
+                raise ConfigError(f"{len(found)} prompts, but not as many lists of output ids")
+            model, salt = (_first(body, [name]) or _first(line, [name]) or "" for name in ("model", "cache_salt"))
+            for tokens, answer in zip(found, answers, strict=True):
+                prompts.add(now if now is not None else float(count), tokens, answer, str(model), str(salt))
         except (ConfigError, LayoutError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"line {number}: {error}") from error
     return prompts.trace(name)
@@ -74,9 +88,10 @@ def parse(name: str, lines: Iterable[tuple[int, dict[str, Any]]], *, block_token
 def parse_vllm(name: str, lines: Iterable[tuple[int, str]], *, block_tokens: int, tokenizer: str) -> Trace:
     """vLLM's log. Raises :class:`ConfigError` if no request is in it."""
     prompts = _Prompts(block_tokens or DEFAULT_BLOCK_TOKENS, tokenizer)
+    last: float | None = None
     for number, line in lines:
-        ids = _VLLM_IDS.search(line)
-        text = None if ids else _VLLM_TEXT.search(line)
+        text = _VLLM_TEXT.search(line)
+        ids = _VLLM_IDS.match(line, text.end() if text else 0)  # a text may hold what looks like ids
         if ids is None and text is None:
             continue
         when = _VLLM_TIME.search(line)
@@ -88,7 +103,11 @@ def parse_vllm(name: str, lines: Iterable[tuple[int, str]], *, block_tokens: int
                 tokens: Tokens = np.fromstring(ids[1], dtype=np.int64, sep=",")
             else:
                 tokens = prompts.encode(ast.literal_eval(text[1] if text else "''"))
-            prompts.add(moment.timestamp() + float(f"0.{when[4] or 0}"), tokens, None)
+            now = moment.timestamp() + float(f"0.{when[4] or 0}")
+            if when[1] is None:
+                last = now if last is None else now + round((last - now) / _YEAR) * _YEAR
+                now = last
+            prompts.add(now, tokens, None)
         except (ConfigError, LayoutError, ValueError, SyntaxError) as error:
             raise ConfigError(f"line {number}: {error}") from error
     if not prompts.requests:
@@ -103,11 +122,8 @@ class _Prompts:
     """Requests so far, and what makes keys of prompts."""
 
     def __init__(self, block_tokens: int, tokenizer: str) -> None:
-        # The keys stay in this process: any identity will do.
-        identity = ModelIdentity(weights="trace", kv_dtype="uint8")
-        self._layout = KVLayout.uniform(
-            identity, num_layers=1, num_kv_heads=1, head_dim=1, dtype="uint8", block_tokens=block_tokens
-        )
+        self._block_tokens = block_tokens
+        self._layouts: dict[tuple[str, str], KVLayout] = {}
         self._tokenizer = tokenizer
         self._encode: Tokenize | None = None
         self.requests: list[Request] = []
@@ -117,21 +133,23 @@ class _Prompts:
             self._encode = load_tokenizer(self._tokenizer)
         return self._encode(text)
 
-    def tokens(self, body: dict[str, Any]) -> Tokens:
-        ids = _first(body, _IDS)
-        if ids is not None:
-            return _flat(ids)
-        prompt = _first(body, _TEXTS)
-        if isinstance(prompt, str):
-            return self.encode(prompt)
-        if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
-            return self.encode("".join(_messages(body, prompt)))
-        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
-            return self.encode(prompt[0])
-        return _flat(prompt)
+    def tokens(self, body: dict[str, Any]) -> list[Tokens]:
+        """Of each of its prompts."""
+        prompt = _first(body, (*_IDS, *_TEXTS))
+        many = prompt if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)) else [prompt]
+        before = "".join(_before(body))
+        found: list[Tokens] = []
+        for one in many:
+            if isinstance(one, str):
+                found.append(self.encode(before + one))
+            elif isinstance(one, list) and one and isinstance(one[0], dict):
+                found.append(self.encode(before + "".join(_messages(one))))
+            else:
+                found.append(_flat(one))
+        return found
 
-    def add(self, now: float, tokens: Tokens, output: Any) -> None:
-        chain = KeyChain(self._layout)
+    def add(self, now: float, tokens: Tokens, output: Any, model: str = "", salt: str = "") -> None:
+        chain = KeyChain(self._layout(model, salt))
         keys = tuple(chain.extend(tokens))
         answer = _flat(output) if output else []
         self.requests.append(Request(now, keys, len(tokens), len(answer)))
@@ -140,7 +158,17 @@ class _Prompts:
             self.requests.append(Request(now, (*keys, *decoded), 0, 0, len(keys)))
 
     def trace(self, name: str) -> Trace:
-        return Trace(name, self._layout.block_tokens, self.requests)
+        return Trace(name, self._block_tokens, self.requests)
+
+    def _layout(self, model: str, salt: str) -> KVLayout:
+        """One for all that may share blocks. Its keys stay in this process: names will do for weights and secrets."""
+        layout = self._layouts.get((model, salt))
+        if layout is None:
+            identity = ModelIdentity(f"trace of {model}", "uint8", namespace=salt.encode("utf-8", "surrogatepass"))
+            layout = self._layouts[model, salt] = KVLayout.uniform(
+                identity, num_layers=1, num_kv_heads=1, head_dim=1, dtype="uint8", block_tokens=self._block_tokens
+            )
+        return layout
 
 
 def load_tokenizer(tokenizer: str) -> Tokenize:
@@ -164,9 +192,9 @@ def load_tokenizer(tokenizer: str) -> Tokenize:
         text = path.read_text(encoding="utf-8")
         if "model" not in json.loads(text):
             raise ValueError("it has no model")
-    except (OSError, ValueError, TypeError) as error:
+        known = Tokenizer.from_str(text)
+    except Exception as error:  # the library's own have no name
         raise ConfigError(f"{path}: no tokenizer: {error}") from error
-    known = Tokenizer.from_str(text)
     return lambda text: np.asarray(known.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
 
@@ -177,13 +205,19 @@ def _text_tokens(text: str) -> Tokens:
     return tokens if whole == len(data) else np.append(tokens, np.uint32(int.from_bytes(data[whole:], "little")))
 
 
-def _messages(body: dict[str, Any], messages: list[Any]) -> Iterator[str]:
-    if body.get("tools"):
-        yield json.dumps(body["tools"], sort_keys=True) + "\n"
+def _before(body: dict[str, Any]) -> Iterator[str]:
+    for part in (body.get(name) for name in _BEFORE):
+        if part:
+            yield _text(part) + "\n"
+
+
+def _messages(messages: list[Any]) -> Iterator[str]:
     for message in messages:
         if not isinstance(message, dict):
             raise ConfigError("a message is no object")
         content = message.get("content")
+        if content is None and not message.get("tool_calls"):
+            content = message  # what a tool said, and so on: kinds of input without a content
         parts = content if isinstance(content, list) else [content]
         texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part for part in parts]
         if message.get("tool_calls"):
@@ -191,8 +225,12 @@ def _messages(body: dict[str, Any], messages: list[Any]) -> Iterator[str]:
         yield f"<|{message.get('role')}|>\n"
         for text in texts:
             if text is not None:
-                yield (text if isinstance(text, str) else json.dumps(text, sort_keys=True)) + "\n"
+                yield _text(text) + "\n"
     yield "<|assistant|>\n"
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
 def _body(line: dict[str, Any]) -> dict[str, Any] | None:
@@ -213,7 +251,7 @@ def _first(line: dict[str, Any], names: Iterable[str]) -> Any:
 
 def _flat(ids: Any) -> list[int]:
     if isinstance(ids, list) and len(ids) == 1 and isinstance(ids[0], list):
-        ids = ids[0]
+        ids = ids[0]  # an answer, as prompts come
     if not isinstance(ids, list) or not all(type(token) is int for token in ids):
         raise ConfigError("a prompt is text, a list of messages or a list of token ids")
     return ids

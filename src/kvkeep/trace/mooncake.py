@@ -16,6 +16,8 @@ from kvkeep.keys import BlockKey
 from kvkeep.trace.base import Request, Trace
 
 DEFAULT_BLOCK_TOKENS = 512
+MOST = 1 << 53
+"""Tokens or milliseconds: beyond, floats skip numbers."""
 
 
 def matches(line: dict[str, Any]) -> bool:
@@ -36,11 +38,14 @@ def parse(name: str, lines: Iterable[tuple[int, Any]], *, block_tokens: int = 0)
             own = line.get("block_size", found or block_tokens or DEFAULT_BLOCK_TOKENS)
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"line {number}: a Mooncake request has no {error}") from error
-        whole = isinstance(tokens, int) and isinstance(output, int) and isinstance(own, int)
-        if not whole or not isinstance(milliseconds, (int, float)) or not isinstance(ids, list):
-            raise ConfigError(f"line {number}: timestamp, input_length, output_length are numbers, hash_ids a list")
+        counts = all(type(count) is int and 0 <= count <= MOST for count in (tokens, output, own))
+        timed = type(milliseconds) in (int, float) and 0 <= milliseconds <= MOST
+        if not counts or not timed or not isinstance(ids, list):
+            raise ConfigError(
+                f"line {number}: timestamp, input_length, output_length are numbers of 0 or more, hash_ids a list"
+            )
         found = found or own
-        if own != found or own < 1 or tokens < 0:
+        if own != found or own < 1:
             raise ConfigError(
                 f"line {number}: blocks of {own} tokens, {tokens} of input; before it was {found} a block"
             )

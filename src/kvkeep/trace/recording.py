@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import math
 import os
 import threading
 import weakref
@@ -209,9 +210,12 @@ def parse(name: str, lines: Iterable[tuple[int, dict[str, Any]]]) -> list[Trace]
                 if known < 0 or len(chain) != known + len(data) / KEY_NBYTES:
                     raise ConfigError(f"line {number}: its blocks are not whole")
                 chains.append(chain)
-                request = Request(start + line["t"], chain, line.get("n", 0), 0, known if "s" in line else 0)
+                now = start + line["t"]
+                if not math.isfinite(now):
+                    raise ConfigError(f"line {number}: {now} is no time")
+                request = Request(now, chain, int(line.get("n", 0)), 0, known if "s" in line else 0)
                 requests.setdefault(layouts[line["l"]], []).append(request)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"line {number}: no line of a kvkeep recording: {error!r}") from error
