@@ -139,6 +139,10 @@ def test_two_traces_apart_and_merged(trace: Path, tmp_path: Path) -> None:
     merged = json.loads(run("replay", trace, other, "--merge", *options).stdout)
     assert [row["requests"] for row in merged] == [240] * 3
     assert merged[0]["token_hit_ratio"] > apart[0]["token_hit_ratio"]
+    third = tmp_path / "third.jsonl"
+    third.write_text('{"timestamp": 0, "input_length": 64, "hash_ids": [1, 2], "block_size": 32}')
+    merged = json.loads(run("replay", trace, third, other, "--merge", *options).stdout)
+    assert [row["trace"] for row in merged] == ["turns+other"] * 3 + ["third"] * 3, "blocks of another size stay apart"
 
 
 @pytest.mark.parametrize(
@@ -148,6 +152,10 @@ def test_two_traces_apart_and_merged(trace: Path, tmp_path: Path) -> None:
         (("--capacities", "120%"), "120%"),
         (("--capacities", "5%,,10%"), "no size"),
         (("--capacities", "some"), "no size"),
+        (("--capacities", "1.5"), "whole blocks (5000)"),
+        (("--capacities", "1%", "--tiers", "memory=1%,disk=5%"), "leave capacities out"),
+        (("--write-rules", "all"), "write rules are for several tiers"),
+        (("--model", "0"), "more bytes than 0"),
         (("--tiers", "memory"), "NAME=CAPACITY"),
         (("--tiers", "memory=1%,disk=5%", "--write-rules", "some"), "write rule"),
         (("--tiers", "memory=1%,disk=5%", "--plot", "x.png"), "--plot"),

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from kvkeep.errors import ConfigError
+from kvkeep.keys import block_keys
 from kvkeep.sim import models
+from kvkeep.trace import Recorder
 
+from .conftest import layout
 from .test_replay import run, trace
 
 __all__ = ["trace"]  # a fixture
@@ -77,14 +80,58 @@ def test_limits_hold(trace: Path) -> None:
     assert found["disk_bytes"] == 0
     assert found["memory_bytes"] <= 100 << 20
     assert len(found["outcomes"]) == 1
-    worn = recommended(trace, "--memory-price", "100", "--disk-price", "0.01", "--disk-fills", "0.001")
-    assert worn["disk_written_bytes_a_day"] == min(one["disk_written_bytes_a_day"] for one in worn["outcomes"])
+
+
+def test_what_the_disk_endures_holds(trace: Path) -> None:
+    """By another write rule, else without a disk."""
+    prices = ("--memory-price", "100", "--disk-price", "0.01")
+    free = recommended(trace, *prices)
+    fills = {one["write_rule"]: one["disk_fills_a_day"] for one in free["outcomes"]}
+    assert fills["seen-twice"] < 0.9 * fills[free["write_rule"]]
+    spared = recommended(trace, *prices, "--disk-fills", str(0.9 * fills["all"]))
+    assert (spared["write_rule"], spared["disk_bytes"]) == ("seen-twice", free["disk_bytes"])
+    none = recommended(trace, *prices, "--disk-fills", "0.0001")
+    assert none["disk_bytes"] == none["disk_fills_a_day"] == 0 < none["memory_bytes"]
+
+
+def test_what_the_disk_endures_holds_for_a_target_too(trace: Path) -> None:
+    """By a larger disk, else without one, else not at all, which is said."""
+    options = ("--memory-price", "100", "--target-hit-ratio", "0.6")
+    free = recommended(trace, *options)
+    larger, none = (
+        recommended(trace, *options, "--disk-fills", str(share * free["disk_fills_a_day"])) for share in (0.9, 0.5)
+    )
+    assert larger["disk_bytes"] > free["disk_bytes"] > none["disk_bytes"] == 0
+    assert larger["disk_fills_a_day"] <= 0.9 * free["disk_fills_a_day"]
+    assert min(one["token_hit_ratio"] for one in (free, larger, none)) >= 0.6
+    limits = ("--disk-fills", "0", "--max-memory", "20MiB")
+    result = run("size", "--trace", trace, *OPTIONS, *options, *limits, columns=200)
+    assert result.exit_code == 2
+    assert "out of reach within these limits" in result.stderr
+
+
+def test_a_recording_of_several_sizes_of_blocks(tmp_path: Path) -> None:
+    """That whose blocks are the model's, else the one that was asked for more; and the other is named."""
+    recorder = Recorder(tmp_path / "t.jsonl")
+    small, large = block_keys(layout("a"), range(64)), block_keys(layout("b"), range(160))
+    for now in range(3):
+        recorder.lookup(small, num_tokens=64, hit_blocks=0, block_tokens=16, block_nbytes=1600, now=now)
+        recorder.lookup(large, num_tokens=160, hit_blocks=0, block_tokens=16, block_nbytes=3200, now=now)
+    recorder.close()
+    options = ("--trace", tmp_path / "t.jsonl", "--policies", "lru", "--jobs", "1")
+    for model, others in (("131072", "1600 bytes a block"), ("100", "3200 bytes a block")):
+        result = run("size", *options, "--model", model, columns=300)
+        assert result.exit_code == 0, result.output
+        assert f"left out: t (16 tokens, {others})" in result.stderr
 
 
 @pytest.mark.parametrize(
     "options",
     [
         ("--model", "unknown-model"),
+        ("--model", "0"),
+        ("--model", "9" * 400),
+        ("--model", "131072", "--max-memory", "0", "--jobs", "1", "--policies", "lru"),
         ("--model", "131072", "--max-memory", "lots"),
         ("--model", "131072", "--max-memory", "1B", "--jobs", "1", "--policies", "lru"),
         ("--model", "131072", "--target-hit-ratio", "1.5"),
@@ -113,6 +160,9 @@ def test_models_by_name_folder_and_bytes(tmp_path: Path) -> None:
     assert models.load(str(tmp_path / "config.json"), kv_dtype="float8_e4m3fn").token_nbytes == 36 * 2 * 8 * 128
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="no configuration"):
+        models.load(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "layer_types": ["linear_attention"] * 36}))
+    with pytest.raises(ConfigError, match="none of its layers keeps"):
         models.load(str(tmp_path))
     with pytest.raises(ConfigError, match=r"did you mean 'qwen2.5-7b'"):
         models.load("qwen2.5-7")

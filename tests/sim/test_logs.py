@@ -67,12 +67,11 @@ def test_requests_are_put_in_the_order_of_time(write: Write) -> None:
 
 def test_several_files_side_by_side(write: Write) -> None:
     paths = [write(mooncake(0, 512, [1]), mooncake(9, 512, [2]), name="a"), write(mooncake(4, 512, [1]), name="b")]
-    both = merge(read_all(paths))
+    (both,) = merge(read_all(paths))
     assert [request.now for request in both.requests] == [0.0, 0.004, 0.009]
     assert both.unique_blocks == 2
     other = write(mooncake(0, 512, [1, 2], block_size=256), name="c")
-    with pytest.raises(ConfigError, match="different sizes"):
-        merge(read_all([*paths, other]))
+    assert [trace.name for trace in merge(read_all([*paths, other]))] == ["a+b", "c"]
 
 
 @pytest.mark.parametrize(

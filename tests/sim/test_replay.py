@@ -171,11 +171,22 @@ def test_capacities() -> None:
     assert [sim.parse_capacity(text, trace) for text in ("50%", "0%", "0.1%", "100%", "7", 7)] == [5, 0, 1, 11, 7, 7]
     assert sim.parse_capacity("8KiB", trace) == 4
     assert sim.parse_capacity("8KiB", trace, token_nbytes=64) == 8
-    for wrong in ("101%", "-1%", "x%", "abc", "-5", -5, ""):
+    for wrong in ("101%", "-1%", "x%", "abc", "-5", -5, "", "1.5", 5.5, None, True):
         with pytest.raises(ConfigError):
-            sim.parse_capacity(wrong, trace)
+            sim.parse_capacity(wrong, trace)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="bytes a token"):
         sim.parse_capacity("8KiB", trace_of("a"))
+
+
+def test_lists_and_texts_with_commas() -> None:
+    trace = trace_of("abcd", "abcd")
+    assert [row["capacity"] for row in sim.rows(trace, "lru", "50%, 3")][:2] == ["50%", "3"]
+    for capacities in (5, [5.5], [None], [True], 1.5):
+        with pytest.raises(ConfigError):
+            sim.rows(trace, "lru", capacities)  # type: ignore[arg-type]
+    for policies in (5, [5]):
+        with pytest.raises(ConfigError):
+            sim.rows(trace, policies)  # type: ignore[arg-type]
 
 
 def test_policy_names() -> None:

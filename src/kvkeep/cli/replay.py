@@ -35,8 +35,11 @@ def replay(
     ] = "",
     capacities: Annotated[
         str,
-        typer.Option(help="Shares of the trace's unique blocks (2%), blocks (5000) or bytes (20GiB), with commas."),
-    ] = "0.5%,1%,2%,5%,10%,20%,50%",
+        typer.Option(
+            help="Shares of the trace's unique blocks (2%), blocks (5000) or bytes (20GiB), with commas. "
+            "Default: 0.5%,1%,2%,5%,10%,20%,50%."
+        ),
+    ] = "",
     tiers: Annotated[
         str,
         typer.Option(
@@ -44,8 +47,11 @@ def replay(
         ),
     ] = "",
     write_rules: Annotated[
-        str, typer.Option(help="With --tiers: which blocks the tiers below the first are given.")
-    ] = "all,predicted,seen-twice",
+        str,
+        typer.Option(
+            help="With --tiers: which blocks the tiers below the first are given. Default: all,predicted,seen-twice."
+        ),
+    ] = "",
     model: Annotated[
         str,
         typer.Option(
@@ -59,7 +65,7 @@ def replay(
         typer.Option(help='For logs of text: a tokenizer.json, a folder with one, or "bytes" (4 bytes a token).'),
     ] = "",
     merge: Annotated[
-        bool, typer.Option("--merge", help="Replay all files as one trace, in the order of time.")
+        bool, typer.Option("--merge", help="Replay all files as one trace, in the order of time, a size of blocks.")
     ] = False,
     jobs: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Draw the curves into this file (.png, .svg, .pdf).")] = None,
@@ -88,9 +94,9 @@ def replay(
             task = bar.add_task("reading", total=None)
             loaded = read_all(traces, block_tokens=block_tokens, tokenizer=tokenizer)
             rows = sim.rows(
-                [merged(loaded)] if merge else loaded,
+                merged(loaded) if merge else loaded,
                 policies,
-                capacities.split(","),
+                capacities or None,
                 tiers=tiers,
                 write_rules=write_rules,
                 token_nbytes=size.token_nbytes if size else 0,

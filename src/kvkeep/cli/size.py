@@ -65,15 +65,19 @@ def size(
             speeds = sizing.Speeds(tflops * 1e12, memory_bandwidth * 1e9, disk_bandwidth * 1e9)
             kind = models.load(model)
             task = bar.add_task("reading", total=None)
-            found = read_all(trace, block_tokens=block_tokens, tokenizer=tokenizer)
+            found = merge(read_all(trace, block_tokens=block_tokens, tokenizer=tokenizer))
+            # A cache may have served several models: that whose blocks are recorded, else what most was asked of.
+            chosen = max(
+                found, key=lambda one: (one.block_nbytes == one.block_tokens * kind.token_nbytes, one.num_tokens)
+            )
             result = sizing.size(
-                found[0] if len(found) == 1 else merge(found),
+                chosen,
                 kind,
                 prices,
                 speeds,
                 target=target_hit_ratio,
                 policies=[name.strip() for name in policies.split(",")] if policies else (),
-                max_memory=parse_size(max_memory) if max_memory else 0,
+                max_memory=parse_size(max_memory) if max_memory else None,
                 max_disk=parse_size(max_disk) if max_disk else None,
                 jobs=jobs or cores(),
                 progress=lambda done, total, label: bar.update(task, completed=done, total=total, description=label),
@@ -81,6 +85,11 @@ def size(
         except ConfigError as error:
             bar.stop()
             fail(str(error))
+    for other in found:
+        if other is not chosen:
+            typer.echo(
+                f"left out: {other.name}, whose blocks have another size ({other.num_tokens:,} tokens)", err=True
+            )
     if as_json:
         print(json.dumps(result.row(), indent=1))
         return

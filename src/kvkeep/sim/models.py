@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ def load(model: str, *, kv_dtype: str = "") -> ModelSize:
     ``kv_dtype``: of the kept values; empty: the model's own. Raises :class:`ConfigError`.
     """
     if model.replace(".", "", 1).isdecimal():
+        if not 0 < float(model) < math.inf:
+            raise ConfigError(f"--model {model}: a token has more bytes than 0, and not infinitely many")
         return ModelSize(f"{model} bytes a token", float(model), *_LLAMA_8B_FLOPS)
     path = Path(model).expanduser()
     path = path / "config.json" if path.is_dir() else path
@@ -65,6 +68,8 @@ def from_config(name: str, config: dict[str, Any], *, kv_dtype: str = "") -> Mod
     head_dim = config.get("head_dim") or hidden // heads
     types = config.get("layer_types") or ["full_attention"] * layers
     kept = sum(kind != "linear_attention" for kind in types)
+    if not kept:
+        raise ConfigError("none of its layers keeps keys and values")
     attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
     values = 2 * kv_heads * head_dim
     if rank := config.get("kv_lora_rank"):  # multi-head latent attention keeps one tensor

@@ -37,7 +37,8 @@ BASE = "lru"
 TIER_POLICIES = tuple(name for name in ("lru", "hazard") if name in registry.BUILTIN["policies"])
 NO_GAP = 0.005
 """Half a point between base and optimum is not worth a share."""
-CAPACITIES = ("0.5%", "1%", "2%", "5%", "10%", "20%", "50%")
+CAPACITIES = "0.5%,1%,2%,5%,10%,20%,50%"
+WRITE_RULES = "all,predicted,seen-twice"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +59,10 @@ class Task:
 def rows(
     traces: Trace | str | Path | Iterable[Trace | str | Path],
     policies: str | Iterable[str] = "",
-    capacities: Iterable[str | int] = CAPACITIES,
+    capacities: str | Iterable[str | int] | None = None,
     *,
     tiers: str = "",
-    write_rules: str | Iterable[str] = "all,predicted,seen-twice",
+    write_rules: str | Iterable[str] = "",
     token_nbytes: float = 0,
     attention_tokens: float = cost.ATTENTION_TOKENS,
     block_tokens: int = 0,
@@ -70,9 +71,10 @@ def rows(
 ) -> list[Row]:
     """One dict a trace, policy and capacity, LRU and the ceilings always among them.
 
-    ``traces``: paths or :class:`Trace` objects. ``policies``: names, ``"all"`` (the default), or a list. ``tiers`` as
-    :func:`~kvkeep.sim.tiers.parse_tiers` reads it, in place of ``capacities``: one row a policy and write rule, for
-    ``lru`` and ``hazard`` unless policies are named. ``jobs`` above 1 starts that many processes (spawned: a script
+    ``traces``: paths or :class:`Trace` objects. ``policies``: names, ``"all"`` (the default), or a list;
+    ``capacities`` likewise, :data:`CAPACITIES` by default. ``tiers`` as :func:`~kvkeep.sim.tiers.parse_tiers` reads it,
+    in place of ``capacities``: one row a policy and write rule (:data:`WRITE_RULES`), for ``lru`` and ``hazard`` unless
+    policies are named. ``jobs`` above 1 starts that many processes (spawned: a script
     that calls this needs ``if __name__ == "__main__":``). Raises :class:`ConfigError`.
     """
     given = [traces] if isinstance(traces, (Trace, str, Path)) else list(traces)
@@ -80,8 +82,12 @@ def rows(
     for item in given:
         loaded += [item] if isinstance(item, Trace) else read_all([item], block_tokens=block_tokens)
     loaded = _told_apart(loaded)
+    if tiers and capacities is not None:
+        raise ConfigError("tiers have capacities of their own (memory=1%,disk=10%): leave capacities out")
+    if write_rules and not tiers:
+        raise ConfigError("write rules are for several tiers: name those too (memory=1%,disk=10%)")
     if tiers:
-        chosen, rules = policy_names(policies or TIER_POLICIES), _names(write_rules)
+        chosen, rules = policy_names(policies or TIER_POLICIES), _names(write_rules or WRITE_RULES)
         for rule in rules:
             write_rule(rule)
         tasks = [
@@ -90,7 +96,8 @@ def rows(
             for task in _tier_tasks(number, trace, chosen, tiers, rules, token_nbytes, attention_tokens)
         ]
     else:
-        tasks = tasks_of(loaded, policies, capacities, token_nbytes=token_nbytes, attention_tokens=attention_tokens)
+        wanted = CAPACITIES if capacities is None else capacities
+        tasks = tasks_of(loaded, policies, wanted, token_nbytes=token_nbytes, attention_tokens=attention_tokens)
     return perform(loaded, tasks, jobs, progress)
 
 
@@ -108,13 +115,13 @@ def _told_apart(traces: Sequence[Trace]) -> list[Trace]:
 def tasks_of(
     traces: Sequence[Trace],
     policies: str | Iterable[str],
-    capacities: Iterable[str | int],
+    capacities: str | Iterable[str | int],
     *,
     token_nbytes: float = 0,
     attention_tokens: float = cost.ATTENTION_TOKENS,
 ) -> list[Task]:
     """Replays of one tier: every policy at every capacity."""
-    wanted = list(capacities)
+    wanted = _listed(capacities)
     chosen = policy_names(policies or "all")
     return [
         Task(number, policy, capacity, label, attention_tokens)
@@ -165,8 +172,19 @@ def policy_names(policies: str | Iterable[str] = "all") -> list[str]:
     return [BASE, *dict.fromkeys(name for name in names if name != BASE), *CEILINGS]
 
 
-def _names(text: str | Iterable[str]) -> list[str]:
-    return [name.strip() for name in (text.split(",") if isinstance(text, str) else text)]
+def _names(names: str | Iterable[str]) -> list[str]:
+    found = _listed(names)
+    for name in found:
+        if not isinstance(name, str):
+            raise ConfigError(f"{name!r} is no name")
+    return [name.strip() for name in found]
+
+
+def _listed(given: str | Iterable[Any]) -> list[Any]:
+    """What is given as a list, or as a text with commas."""
+    if not isinstance(given, Iterable):
+        raise ConfigError(f"a list is expected, or a text with commas, not {given!r}")
+    return given.split(",") if isinstance(given, str) else list(given)
 
 
 def hits_of(trace: Trace, policy: EvictionPolicy, capacity: int) -> tuple[list[int], Owner]:

@@ -125,14 +125,15 @@ def size(
     *,
     target: float | None = None,
     policies: Iterable[str] = (),
-    max_memory: int = 0,
+    max_memory: int | None = None,
     max_disk: int | None = None,
     jobs: int = 1,
     progress: Progress | None = None,
 ) -> Recommendation:
     """The sizes of the best net worth, or the cheapest that reach the token-hit ratio ``target``.
 
-    ``policies``: default LRU and hazard. ``max_memory`` and ``max_disk`` in bytes; ``max_disk`` 0: memory only. Raises
+    ``policies``: default LRU and hazard. ``max_memory`` and ``max_disk`` in bytes; ``max_disk`` 0: memory only. A disk
+    that no write rule spares enough (``prices.disk_fills``) gives way to a larger one, or to none. Raises
     :class:`ConfigError`, also if no cache can reach the target.
     """
     prices, speeds = prices or Prices(), speeds or Speeds()
@@ -140,30 +141,36 @@ def size(
         raise ConfigError(f"{trace.name}: no prompt in it has a full block, so there is nothing to keep")
     names = list(policies) or list(TIER_POLICIES)
     tasks = tasks_of([trace], names, SHARES, attention_tokens=model.attention_tokens)
-    rules = list(RULES)
-    total = len(tasks) + len(rules)
+    done, total = 0, len(tasks) + len(RULES)
 
-    def step(done: int, _: int, label: str) -> None:
+    def step(more: int, _: int, label: str) -> None:
         if progress is not None:
-            progress(done, total, label)
+            progress(done + more, total, label)
 
     rows = perform([trace], tasks, jobs, step)
+    done = len(tasks)
     judge = _Judge(trace, model, prices, speeds, rows)
-    limit = (max_memory or math.inf), (math.inf if max_disk is None else max_disk)
-    best = judge.best(list(dict.fromkeys((*names, BASE))), target, limit)
-    specs = [TierSpec("memory", best.memory, "")]
-    if best.disk:
-        specs.append(TierSpec("disk", best.disk, ""))
-    else:
-        rules = ["all"]
-    final = [
-        Task(0, best.policy, best.memory, "", model.attention_tokens, tuple(specs), rule, keep_hits=True)
-        for rule in rules
-    ]
-    base = len(tasks)
-    verified = perform([trace], final, jobs, lambda done, _, label: step(base + done, total, label))
-    outcomes = tuple(judge.outcome(row, best) for row in verified)
-    chosen = _choose(outcomes, prices.disk_fills, target)
+    limits = (math.inf if most is None else most for most in (max_memory, max_disk))
+    candidates = judge.candidates(list(dict.fromkeys((*names, BASE))), *limits)
+    while True:
+        best = judge.best(candidates, target)
+        specs = [TierSpec("memory", best.memory, "")]
+        if best.disk:
+            specs.append(TierSpec("disk", best.disk, ""))
+        final = [
+            Task(0, best.policy, best.memory, "", model.attention_tokens, tuple(specs), rule, keep_hits=True)
+            for rule in (RULES if best.disk else ["all"])
+        ]
+        total = done + len(final)
+        verified = perform([trace], final, jobs, step)
+        done = total
+        outcomes = tuple(judge.outcome(row, best) for row in verified)
+        wanted = [one for one in outcomes if target is None or one.token_hit_ratio >= target] or outcomes
+        able = [one for one in wanted if not best.disk or one.disk_fills_a_day <= prices.disk_fills]
+        if able:
+            break
+        candidates = judge.sparing(candidates, best, min(one.disk_written_bytes_a_day for one in wanted))
+    chosen = _choose(able, target)
     cost = judge.cost(best)
     return Recommendation(
         trace=trace.name,
@@ -205,23 +212,40 @@ class _Judge:
     def hit_ratio(self, policy: str, blocks: float) -> float:
         return self._between(policy, blocks)[0]
 
-    def best(self, policies: Iterable[str], target: float | None, limit: tuple[float, float]) -> _Candidate:
-        candidates = [
+    def candidates(self, policies: Iterable[str], max_memory: float, max_disk: float) -> list[_Candidate]:
+        """What there is to choose from. Limits in bytes."""
+        found = [
             _Candidate(policy, memory, disk)
             for policy in policies
             for memory, disk in itertools.product(self._steps(), [0, *self._steps()])
             if (memory < disk or not disk)
-            and memory * self.block_nbytes <= limit[0]
-            and disk * self.block_nbytes <= limit[1]
+            and memory * self.block_nbytes <= max_memory
+            and disk * self.block_nbytes <= max_disk
         ]
-        if not candidates:
+        if not found:
             raise ConfigError("these limits leave no room for a cache")
+        return found
+
+    def sparing(self, candidates: Sequence[_Candidate], tried: _Candidate, written: float) -> list[_Candidate]:
+        """Those with a larger disk than ``tried`` had, which endures ``written`` bytes a day or is the largest (fewer
+        are written to a larger one), and those without a disk."""
+        endured = self._prices.disk_fills * self.block_nbytes
+        largest = max(one.disk for one in candidates)
+        return [
+            one
+            for one in candidates
+            if not one.disk or (one.disk > tried.disk and (one.disk == largest or one.disk * endured >= written))
+        ]
+
+    def best(self, candidates: Sequence[_Candidate], target: float | None) -> _Candidate:
         if target is None:
             return max(candidates, key=self.net)
         hits = {one: self.hit_ratio(one.policy, max(one.memory, one.disk)) for one in candidates}
         most = max(hits.values())
         if target > most:
-            raise ConfigError(f"a token-hit ratio of {target:g} is out of reach here: at most {most:.3f}")
+            raise ConfigError(
+                f"a token-hit ratio of {target:g} is out of reach within these limits: at most {most:.3f}"
+            )
         # A margin for what curves and several tiers differ in.
         reach = [one for one in candidates if hits[one] >= min(target + 0.002, most)]
         return min(reach, key=lambda one: (self.cost(one), -self.net(one)))
@@ -308,14 +332,8 @@ class _Judge:
         return sorted({round(least * (most / least) ** (step / STEPS)) for step in range(STEPS + 1)})
 
 
-def _choose(outcomes: Sequence[Outcome], disk_fills: float, target: float | None) -> Outcome:
-    """Of those that the disk endures (or else the one that writes least), what finds most: of nearly equal ones the
-    one that writes least."""
-    able = [one for one in outcomes if one.disk_fills_a_day <= disk_fills]
-    if target is not None:
-        able = [one for one in able or outcomes if one.token_hit_ratio >= target] or able or list(outcomes)
-    if not able:
-        return min(outcomes, key=lambda one: one.disk_written_bytes_a_day)
+def _choose(able: Sequence[Outcome], target: float | None) -> Outcome:
+    """What finds most: of nearly equal ones the one that writes least."""
     most = max(one.token_hit_ratio for one in able)
     least = CLOSE * most if target is None else max(CLOSE * most, min(target, most))
     return min((one for one in able if one.token_hit_ratio >= least), key=lambda one: one.disk_written_bytes_a_day)

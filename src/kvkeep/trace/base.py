@@ -6,9 +6,9 @@ import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from typing import NamedTuple
 
-from kvkeep.errors import ConfigError
 from kvkeep.keys import BlockKey
 
 
@@ -60,12 +60,18 @@ class Trace:
         return self.requests[-1].now - self.requests[0].now if self.requests else 0.0
 
 
-def merge(traces: Iterable[Trace]) -> Trace:
-    """One trace of several that were taken side by side (by the processes of one service), in the order of time."""
-    parts = list(traces)
-    sizes = {(part.block_tokens, part.block_nbytes) for part in parts}
-    if len(sizes) != 1:
-        tokens = ", ".join(f"{part.name}: {part.block_tokens}" for part in parts)
-        raise ConfigError(f"traces with blocks of different sizes cannot be merged ({tokens} tokens a block)")
-    requests = list(heapq.merge(*(part.requests for part in parts), key=lambda request: request.now))
-    return Trace("+".join(part.name for part in parts), parts[0].block_tokens, requests, parts[0].block_nbytes)
+def merge(traces: Iterable[Trace]) -> list[Trace]:
+    """One trace of several that were taken side by side (by the processes of one service), in the order of time: one
+    for each size of blocks."""
+    alike: dict[tuple[int, int], list[Trace]] = {}
+    for trace in traces:
+        alike.setdefault((trace.block_tokens, trace.block_nbytes), []).append(trace)
+    return [
+        Trace(
+            "+".join(part.name for part in parts),
+            tokens,
+            list(heapq.merge(*(part.requests for part in parts), key=attrgetter("now"))),
+            nbytes,
+        )
+        for (tokens, nbytes), parts in alike.items()
+    ]

@@ -221,6 +221,6 @@ def parse(name: str, lines: Iterable[tuple[int, dict[str, Any]]]) -> list[Trace]
             raise ConfigError(f"line {number}: no line of a kvkeep recording: {error!r}") from error
     many = len(requests) > 1
     return [
-        Trace(f"{name} ({tokens} tokens a block)" if many else name, tokens, found, nbytes)
+        Trace(f"{name} ({tokens} tokens, {nbytes} bytes a block)" if many else name, tokens, found, nbytes)
         for (tokens, nbytes), found in requests.items()
     ]
