@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from kvkeep.breaker import Breaker
+from kvkeep.breaker import Breakers
 from kvkeep.errors import StoreError
 
 CLAIM_SECONDS = 3.0
@@ -116,23 +116,23 @@ def _lock(name: bytes, kind: int) -> bytes:
 class ServerLocks(Locks):
     """Among the machines that use a server. Claims are renewed by the :class:`Flight` that holds them."""
 
-    def __init__(self, ledger: Ledger, seconds: float = CLAIM_SECONDS, *, breaker: Breaker | None = None) -> None:
-        """``breaker``: the server's, if it has one. While it is open nobody waits for the server to take a claim."""
+    def __init__(self, ledger: Ledger, seconds: float = CLAIM_SECONDS, *, breakers: Breakers | None = None) -> None:
+        """``breakers``: the server's, if it has any. While one is open nobody waits for the server to take a claim."""
         self._ledger = ledger
         self.seconds = seconds
-        self._breaker = breaker
+        self._breakers = breakers
         self._held: dict[bytes, bytes] = {}
 
     def lock(self, name: bytes) -> Lock | None:
         entry, token = _entry_of(name), secrets.token_bytes(16)
-        with self._asking():
+        with self._asking(writes=True):
             if not self._ledger.add(entry, token, self.seconds):
                 return None
         self._held[entry] = token
 
         def unlock() -> None:
             self._held.pop(entry, None)
-            with suppress(StoreError), self._asking():  # else it runs out by itself
+            with suppress(StoreError), self._asking(writes=True):  # else it runs out by itself
                 self._ledger.release(entry, token)
 
         return unlock
@@ -142,16 +142,17 @@ class ServerLocks(Locks):
             return self._ledger.contains_any([_entry_of(name) for name in names])
 
     @contextmanager
-    def _asking(self) -> Iterator[None]:
-        if self._breaker is None:
+    def _asking(self, *, writes: bool = False) -> Iterator[None]:
+        breakers = self._breakers
+        if breakers is None:
             yield
             return
-        if not self._breaker.closed:
+        if not (breakers.written if writes else breakers.medium.closed):
             raise StoreError("the server is left alone", cause="unavailable")
         try:
             yield
         except StoreError as error:
-            self._breaker.failed("a claim", error)
+            breakers.failed("a claim", error)
             raise
 
     @property

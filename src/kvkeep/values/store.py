@@ -21,7 +21,7 @@ from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 from kvkeep import frame
-from kvkeep.breaker import Breaker
+from kvkeep.breaker import Breakers
 from kvkeep.buffers import Buffer, BufferPool, as_bytes, nbytes_of
 from kvkeep.crypt import key_id_of
 from kvkeep.errors import FrameError, StoreError
@@ -89,20 +89,20 @@ class Values:
         tiers: TieredStore,
         index: Index,
         flight: Flight,
-        breaker: Breaker,
+        breakers: Breakers,
         *,
         namespace: bytes,
         observer: Observer,
     ) -> None:
-        """``breaker``: of the index, which claims on its medium respect as well."""
+        """``breakers``: of the index, which claims on its medium respect as well."""
         self.index = index
         self.flight = flight
         self._tiers = tiers
         self._namespace = namespace
         self._observer = observer
         self._naming = naming(namespace)
-        self._breaker = breaker
-        self._breaker.on_open = tiers.writer.start
+        self._breakers = breakers
+        breakers.medium.on_open = breakers.writes.on_open = tiers.writer.start
         self._pool = BufferPool()
         self._said_locked = False
         self._said_unkept: set[str] = set()  # types
@@ -147,10 +147,10 @@ class Values:
             entry = Entry(digest, nbytes, key, tuple(tags), stale, value)
             kept_nbytes = nbytes if value is None else 0
             items.append(Item(name, self._encoded(name, entry), life, digest, kept_nbytes))
-        orphans = self._asked(lambda: self.index.set_many(items), "a write") if items else []
+        orphans = self._told(lambda: self.index.set_many(items), "a write") if items else []
         if orphans is None:
-            return 0
-        self._forget(orphans)
+            items = self._standing(items)  # of several nodes some may be well
+        self._forget(orphans or [])
         self._observer.event("value_set", len(items), nbytes=sum(item.nbytes for item in items))
         return len(items)
 
@@ -167,7 +167,7 @@ class Values:
     def delete(self, key: Any) -> bool:
         """Forget ``key``, and its bytes if no other key has them; was it there?"""
         name = self.name(pack_key(key))
-        gone = self._asked(lambda: self.index.delete(name), "a deletion")
+        gone = self._told(lambda: self.index.delete(name), "a deletion")
         if gone is None:
             return False
         there, orphans = gone
@@ -210,7 +210,7 @@ class Values:
     def invalidate(self, tag: str) -> bool:
         """Make everything stale that carries ``tag``; was the index told?"""
         name = self._tag(*checked_tags([tag]))
-        return self._asked(lambda: self.index.delete(name), "a write") is not None
+        return self._told(lambda: self.index.delete(name), "a write") is not None
 
     # Computing
 
@@ -505,19 +505,29 @@ class Values:
     def _missed(self, cause: str) -> None:
         self._observer.event("value_miss", cause=cause)
 
+    def _standing(self, items: Sequence[Item]) -> list[Item]:
+        """Those of ``items`` that are set."""
+        found = self._asked(lambda: self.index.get_many([item.name for item in items]), "a lookup") or []
+        return [item for item, one in zip(items, found, strict=False) if one is not None and one.body == item.body]
+
     def _asked(self, question: Callable[[], T], operation: str) -> T | None:
         """The index's answer, or None while it is out of order."""
-        if not self._breaker.closed:
+        if not self._breakers.medium.closed:
             return None
         try:
             return question()
         except StoreError as error:
-            self._breaker.failed(operation, error)
+            self._breakers.failed(operation, error)
             return None
+
+    def _told(self, change: Callable[[], T], operation: str) -> T | None:
+        """What the index says of a change, or None while it takes none."""
+        return self._asked(change, operation) if self._breakers.writes.closed else None
 
     def _maintain(self) -> None:
         self._tell()
-        self._breaker.probe(self.index.ping)
+        self._breakers.medium.probe(self.index.ping)
+        self._breakers.writes.probe(self.index.ping_writes)
         self._forget(self._asked(self.index.maintain, "housekeeping") or [])
 
 
