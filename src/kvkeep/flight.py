@@ -211,7 +211,7 @@ class Flight:
             except StoreError:
                 continue
             if lock is None:
-                self._end(claim)
+                self.drop(claim)
                 return None
             claim.locks.append(lock)
         if any(isinstance(place, ServerLocks) and not place.idle for place in self._outer):
@@ -219,7 +219,7 @@ class Flight:
         return claim
 
     def release(self, claim: Claim) -> None:
-        """Give it back: here at once, to others once they can see what was made."""
+        """Give it back: here at once, to others once they can see what was made. See also :meth:`drop`."""
         if claim.locks and not self._written():
             claim.done = time.monotonic()
             with self._changed:
@@ -228,7 +228,16 @@ class Flight:
                 self._changed.notify_all()
             self._run()
         else:
-            self._end(claim)
+            self.drop(claim)
+
+    def drop(self, claim: Claim) -> None:
+        """Give it back at once: nothing was made."""
+        for lock in claim.locks:
+            lock()
+        claim.locks.clear()
+        with self._changed:
+            self._held.discard(claim.name)
+            self._changed.notify_all()
 
     def wait(self, name: bytes, seconds: float, ready: Callable[[], bool]) -> Claim | None:
         """Claim ``name`` as soon as it is free. None when ``ready`` says so, or after ``seconds``."""
@@ -264,7 +273,7 @@ class Flight:
             now = locate()
             if claim is None or (name == keys[here] and now == here):
                 break
-            self._end(claim)  # the other one is done: look again
+            self.drop(claim)  # the other one is done: look again
             claim = None
             here = now
         try:
@@ -286,14 +295,6 @@ class Flight:
                 if place.locked(names):
                     return next((name for name in names if place.locked([name])), None)
         return None
-
-    def _end(self, claim: Claim) -> None:
-        for lock in claim.locks:
-            lock()
-        claim.locks.clear()
-        with self._changed:
-            self._held.discard(claim.name)
-            self._changed.notify_all()
 
     def _run(self) -> None:
         with self._changed:

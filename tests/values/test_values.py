@@ -715,31 +715,42 @@ def test_threads_compute_once(opened: Callable[..., KVCache]) -> None:
     assert len({id(result) for result in results}) == 8, "each has its own"
 
 
-def test_followers_of_a_failure_compute_themselves(cache: KVCache) -> None:
+@pytest.mark.parametrize("outcome", ["fails once", "fails", "cannot be kept"])
+@pytest.mark.parametrize("each_its_own", [False, True])
+def test_nobody_queues_for_what_ends_without_a_value(
+    opened: Callable[..., KVCache], outcome: str, each_its_own: bool
+) -> None:
+    """All compute at the same time: one after the other, the last would wait for all before."""
+    shared = opened()
+    caches = [opened() if each_its_own else shared for _ in range(6)]
     calls: list[int] = []
-
-    def compute() -> int:
-        calls.append(1)
-        time.sleep(0.1)
-        if len(calls) == 1:
-            raise ZeroDivisionError
-        return 7
-
     results: list[Any] = []
 
-    def ask() -> None:
+    def compute() -> Any:
+        calls.append(1)
+        fails = outcome == "fails" or (outcome == "fails once" and len(calls) == 1)
+        time.sleep(0.4)
+        if fails:
+            raise ZeroDivisionError
+        return threading.Lock() if outcome == "cannot be kept" else 7
+
+    def ask(cache: KVCache) -> None:
         try:
             results.append(cache.get_or_compute("a", compute))
         except ZeroDivisionError:
             results.append("failed")
 
-    threads = [threading.Thread(target=ask) for _ in range(4)]
+    threads = [threading.Thread(target=ask, args=(cache,)) for cache in caches]
+    begin = time.monotonic()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(map(str, results)) == ["7", "7", "7", "failed"]
-    assert len(calls) == 2
+    assert time.monotonic() - begin < 1.5
+    assert len(results) == 6
+    if outcome == "fails once" and not each_its_own:
+        assert sorted(map(str, results)) == [*["7"] * 5, "failed"]
+        assert shared.get_value("a") == 7, "what they made is kept"
 
 
 def test_nobody_waits_longer_than_they_said(opened: Callable[..., KVCache]) -> None:

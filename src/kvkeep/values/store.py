@@ -74,8 +74,7 @@ class _Call:
     def __init__(self) -> None:
         self.done = threading.Event()
         self.followers = 0
-        self.made: bytes | None = None
-        self.unkept = False  # it was made, but is of a type that cannot be handed on
+        self.made: bytes | None = None  # None also if it failed, or cannot be handed on
 
 
 T = TypeVar("T")
@@ -227,35 +226,38 @@ class Values:
         """The value of a packed ``key``, computed by one of all who ask for it now. ``ttl``, ``stale`` and ``tags``
         have been checked."""
         name = self.name(key)
-        deadline = 0.0
-        while True:
-            ((value, fresh),) = self.look_up([name], stale=stale > 0)
-            if value is not MISSING and fresh:
-                return value
-            deadline = deadline or time.monotonic() + wait
-            with self._lock:
-                call = self._calls.get(name)
-                leads = call is None
-                if call is None:
-                    call = self._calls[name] = _Call()
-                elif value is MISSING:
-                    call.followers += 1
-            if leads:
-                return self._lead(call, name, key, compute, value, deadline, ttl, stale, tags)
-            if value is not MISSING:
-                return value
-            self._observer.event("value_wait")
-            if not call.done.wait(max(0.0, deadline - time.monotonic())):
-                return compute()
-            if call.made is not None:
-                return unpack(call.made)
-            if call.unkept:  # so there is nothing to wait for: all at the same time, not one after the other
-                return compute()
+        ((value, fresh),) = self.look_up([name], stale=stale > 0)
+        if value is not MISSING and fresh:
+            return value
+        with self._lock:
+            call = self._calls.get(name)
+            leads = call is None
+            if call is None:
+                call = self._calls[name] = _Call()
+            elif value is MISSING:
+                call.followers += 1
+
+        def make() -> tuple[Any, list[Buffer] | None]:
+            """The value, computed, and packed if it can be kept."""
+            generations = self.generations(tags)
+            made = compute()
+            parts = self._pack_result(made)
+            if parts is not None:
+                self.set_packed([(key, parts)], ttl=ttl, stale=stale, tags=generations)
+            return made, parts
+
+        if leads:
+            return self._lead(call, name, make, value, wait)
+        if value is not MISSING:
+            return value
+        self._observer.event("value_wait")
+        call.done.wait(wait)
+        # Where the one that led has nothing to give, all compute at the same time, not one after the other.
+        return make()[0] if call.made is None else unpack(call.made)
 
     def _lead(
-        self, call: _Call, name: bytes, key: bytes, compute: Callable[[], Any], old: Any, deadline: float,
-        ttl: float | None, stale: float, tags: Sequence[str],
-    ) -> Any:  # fmt: skip
+        self, call: _Call, name: bytes, make: Callable[[], tuple[Any, list[Buffer] | None]], old: Any, wait: float
+    ) -> Any:
         """For the threads of this process: compute it, or wait for another process that does."""
         parts: list[Buffer] | None = None
         found: list[Any] = []
@@ -270,24 +272,22 @@ class Values:
             claim = self.flight.take(name)
             if claim is None and old is not MISSING:
                 return old
+            waited = claim is None
             if claim is None:
                 self._observer.event("value_wait")
-                claim = self.flight.wait(name, deadline - time.monotonic(), ready)
+                claim = self.flight.wait(name, wait, ready)
             try:
                 if found or (claim is not None and ready()):  # it came between the look and the claim
                     parts = pack(found[0])
                     return found[0]
-                generations = self.generations(tags)
-                made = compute()
-                parts = self._pack_result(made)
-                if parts is None:
-                    call.unkept = True
-                else:
-                    self.set_packed([(key, parts)], ttl=ttl, stale=stale, tags=generations)
+                if waited and claim is not None:  # who had it made nothing: nobody need wait for us in turn
+                    self.flight.drop(claim)
+                    claim = None
+                made, parts = make()
                 return made
             finally:
                 if claim is not None:
-                    self.flight.release(claim)
+                    (self.flight.drop if parts is None else self.flight.release)(claim)
         finally:
             with self._lock:
                 del self._calls[name]
