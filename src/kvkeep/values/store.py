@@ -131,7 +131,7 @@ class Values:
         self, packed: Sequence[tuple[bytes, list[Buffer]]], *, ttl: float | None, stale: float, tags: Tags | None
     ) -> int:
         """The same, packed; with ``tags`` as they were when the computing began (None: they are not known)."""
-        if tags is None:
+        if tags is None or not self._breakers.written:
             return 0
         stale = 0.0 if ttl is None else min(stale, LONGEST_LIFE_SECONDS)
         life = None if ttl is None else min(ttl, LONGEST_LIFE_SECONDS) + stale
@@ -146,7 +146,7 @@ class Values:
             entry = Entry(digest, nbytes, key, tuple(tags), stale, value)
             kept_nbytes = nbytes if value is None else 0
             items.append(Item(name, self._encoded(name, entry), life, digest, kept_nbytes))
-        orphans = self._told(lambda: self.index.set_many(items), "a write") if items else []
+        orphans = self._asked(lambda: self.index.set_many(items), "a write") if items else []
         if orphans is None:
             items = self._standing(items)  # of several nodes some may be well
         self._forget(orphans or [])
@@ -166,7 +166,7 @@ class Values:
     def delete(self, key: Any) -> bool:
         """Forget ``key``, and its bytes if no other key has them; was it there?"""
         name = self.name(pack_key(key))
-        gone = self._told(lambda: self.index.delete(name), "a deletion")
+        gone = self._asked(lambda: self.index.delete(name), "a deletion")
         if gone is None:
             return False
         there, orphans = gone
@@ -209,7 +209,7 @@ class Values:
     def invalidate(self, tag: str) -> bool:
         """Make everything stale that carries ``tag``; was the index told?"""
         name = self._tag(*checked_tags([tag]))
-        return self._told(lambda: self.index.delete(name), "a write") is not None
+        return self._asked(lambda: self.index.delete(name), "a write") is not None
 
     # Computing
 
@@ -519,10 +519,6 @@ class Values:
         except StoreError as error:
             self._breakers.failed(operation, error)
             return None
-
-    def _told(self, change: Callable[[], T], operation: str) -> T | None:
-        """What the index says of a change, or None while it takes none."""
-        return self._asked(change, operation) if self._breakers.writes.closed else None
 
     def _maintain(self) -> None:
         self._tell()
