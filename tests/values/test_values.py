@@ -567,6 +567,8 @@ def test_a_dead_master_takes_only_its_own_names(caplog: pytest.LogCaptureFixture
             assert [writer.get_or_compute((*key, "made"), lambda: 3) for key in small] == [3] * 40
             assert sorted({writer.invalidate(str(at)) for at in range(20)}) == [False, True]
             assert time.monotonic() - begin < 3.0, "nobody waits for the dead one"
+        late = stack.enter_context(kvkeep.open(url, memory=0))
+        assert [late.get_value(key) is not None for key in small] == [stands(key) for key in small]
         assert not [record for record in caplog.records if "tier index" in record.getMessage()]
         cluster.nodes[0].start()
         wait_for(lambda: writer.set_values(dict.fromkeys(small, 8)) == 40, "the master is not used again")
