@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from kvkeep.errors import StoreError
+from kvkeep.errors import WRITES_ONLY, NodeError, StoreError
 from kvkeep.events import Observer
 
 log = logging.getLogger("kvkeep")
@@ -39,8 +39,10 @@ class Breaker:
         return not self._open
 
     def failed(self, operation: str, error: StoreError) -> None:
-        """The medium did not do as told: open."""
+        """The medium did not do as told: open, unless it was one node of several, which is left alone by itself."""
         self._observer.event("store_error", tier=self._name, cause=error.cause)
+        if isinstance(error, NodeError):
+            return
         now = time.monotonic()
         with self._lock:
             if self._open:
@@ -71,3 +73,19 @@ class Breaker:
             self._closed_at = time.monotonic()
         self._observer.event("restored", tier=self._name)
         log.warning("tier %s: is back", self._name)
+
+
+class Breakers:
+    """Of a medium that is still read while it is full or read-only: ``writes`` is then open alone."""
+
+    def __init__(self, name: str, observer: Observer) -> None:
+        self.medium = Breaker(name, observer)
+        self.writes = Breaker(f"{name} (writes)", observer)
+
+    @property
+    def written(self) -> bool:
+        """May it be written to?"""
+        return self.medium.closed and self.writes.closed
+
+    def failed(self, operation: str, error: StoreError) -> None:
+        (self.writes if error.cause in WRITES_ONLY else self.medium).failed(operation, error)

@@ -9,6 +9,7 @@
     ├── CodecError           a payload that its codec cannot have written, or an unknown codec
     └── StoreError           a medium that failed
         ├── StoreFullError   no room now: evict, then try again
+        ├── NodeError        one node of several failed, the others go on
         └── ValueTooLargeError  will never fit this medium
 
 A cache turns every one of these, except ConfigError and LayoutError, into a miss and a counter: they reach the
@@ -18,6 +19,9 @@ caller of a *store* or a *codec*, never the caller of a cache.
 from __future__ import annotations
 
 from collections.abc import Iterable
+
+WRITES_ONLY = ("full", "readonly")
+"""Causes with which a medium can still be read."""
 
 
 class KVKeepError(Exception):
@@ -61,6 +65,10 @@ class StoreError(KVKeepError):
 
 class StoreFullError(StoreError):
     """There is no room for this value now. The owner evicts and tries again."""
+
+
+class NodeError(StoreError):
+    """The node that has this is out of order, while others of the same medium are well. ``cause`` is the node's."""
 
 
 class ValueTooLargeError(StoreError):

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from kvkeep.breaker import Breaker
+from kvkeep.breaker import Breakers
 from kvkeep.errors import StoreError
 
 CLAIM_SECONDS = 3.0
@@ -116,23 +116,23 @@ def _lock(name: bytes, kind: int) -> bytes:
 class ServerLocks(Locks):
     """Among the machines that use a server. Claims are renewed by the :class:`Flight` that holds them."""
 
-    def __init__(self, ledger: Ledger, seconds: float = CLAIM_SECONDS, *, breaker: Breaker | None = None) -> None:
-        """``breaker``: the server's, if it has one. While it is open nobody waits for the server to take a claim."""
+    def __init__(self, ledger: Ledger, seconds: float = CLAIM_SECONDS, *, breakers: Breakers | None = None) -> None:
+        """``breakers``: the server's, if it has any. While one is open nobody waits for the server to take a claim."""
         self._ledger = ledger
         self.seconds = seconds
-        self._breaker = breaker
+        self._breakers = breakers
         self._held: dict[bytes, bytes] = {}
 
     def lock(self, name: bytes) -> Lock | None:
         entry, token = _entry_of(name), secrets.token_bytes(16)
-        with self._asking():
+        with self._asking(writes=True):
             if not self._ledger.add(entry, token, self.seconds):
                 return None
         self._held[entry] = token
 
         def unlock() -> None:
             self._held.pop(entry, None)
-            with suppress(StoreError), self._asking():  # else it runs out by itself
+            with suppress(StoreError), self._asking(writes=True):  # else it runs out by itself
                 self._ledger.release(entry, token)
 
         return unlock
@@ -142,16 +142,17 @@ class ServerLocks(Locks):
             return self._ledger.contains_any([_entry_of(name) for name in names])
 
     @contextmanager
-    def _asking(self) -> Iterator[None]:
-        if self._breaker is None:
+    def _asking(self, *, writes: bool = False) -> Iterator[None]:
+        breakers = self._breakers
+        if breakers is None:
             yield
             return
-        if not self._breaker.closed:
+        if not (breakers.written if writes else breakers.medium.closed):
             raise StoreError("the server is left alone", cause="unavailable")
         try:
             yield
         except StoreError as error:
-            self._breaker.failed("a claim", error)
+            breakers.failed("a claim", error)
             raise
 
     @property
@@ -210,7 +211,7 @@ class Flight:
             except StoreError:
                 continue
             if lock is None:
-                self._end(claim)
+                self.drop(claim)
                 return None
             claim.locks.append(lock)
         if any(isinstance(place, ServerLocks) and not place.idle for place in self._outer):
@@ -218,7 +219,7 @@ class Flight:
         return claim
 
     def release(self, claim: Claim) -> None:
-        """Give it back: here at once, to others once they can see what was made."""
+        """Give it back: here at once, to others once they can see what was made. See also :meth:`drop`."""
         if claim.locks and not self._written():
             claim.done = time.monotonic()
             with self._changed:
@@ -227,7 +228,16 @@ class Flight:
                 self._changed.notify_all()
             self._run()
         else:
-            self._end(claim)
+            self.drop(claim)
+
+    def drop(self, claim: Claim) -> None:
+        """Give it back at once: nothing was made."""
+        for lock in claim.locks:
+            lock()
+        claim.locks.clear()
+        with self._changed:
+            self._held.discard(claim.name)
+            self._changed.notify_all()
 
     def wait(self, name: bytes, seconds: float, ready: Callable[[], bool]) -> Claim | None:
         """Claim ``name`` as soon as it is free. None when ``ready`` says so, or after ``seconds``."""
@@ -263,7 +273,7 @@ class Flight:
             now = locate()
             if claim is None or (name == keys[here] and now == here):
                 break
-            self._end(claim)  # the other one is done: look again
+            self.drop(claim)  # the other one is done: look again
             claim = None
             here = now
         try:
@@ -285,14 +295,6 @@ class Flight:
                 if place.locked(names):
                     return next((name for name in names if place.locked([name])), None)
         return None
-
-    def _end(self, claim: Claim) -> None:
-        for lock in claim.locks:
-            lock()
-        claim.locks.clear()
-        with self._changed:
-            self._held.discard(claim.name)
-            self._changed.notify_all()
 
     def _run(self) -> None:
         with self._changed:

@@ -19,16 +19,13 @@ from kvkeep.admission import WriteRule
 from kvkeep.breaker import Breaker
 from kvkeep.buffers import nbytes_of
 from kvkeep.codecs.base import Codec
-from kvkeep.errors import FrameError, StoreError, StoreFullError, ValueTooLargeError
+from kvkeep.errors import WRITES_ONLY, FrameError, StoreError, StoreFullError, ValueTooLargeError
 from kvkeep.events import Observer
 from kvkeep.keys import BlockKey
 from kvkeep.policies.base import Access, EvictionPolicy
 from kvkeep.stores.base import Item, Store
 
 log = logging.getLogger("kvkeep")
-
-WRITES_ONLY = ("full", "readonly")
-"""Causes with which a medium can still be read."""
 
 MAX_HIDDEN = 1 << 16
 

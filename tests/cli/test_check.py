@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from kvkeep.cli.check import memcached_advice, redis_advice
-from kvkeep.testing.servers import memcached_server, redis_cluster, redis_server
+from kvkeep.testing.servers import memcached_server, redis_binary, redis_cluster, redis_server, valkey_binary
 
 from .test_commands import run
 
@@ -57,6 +58,43 @@ def test_a_well_kept_server_has_nothing_to_change() -> None:
         said = run("check", f"{server.url}{PATIENT}").stdout
         assert "proto-max-bulk-len is 1048576" in said
         assert "does not take values of this size" in said
+        server.call("CONFIG", "SET", "proto-max-bulk-len", "512mb")
+        server.call("CONFIG", "SET", "client-query-buffer-limit", "1mb")
+        server.call("CONFIG", "SET", "save", "3600 1 300 100 60 10000")
+        said = run("check", f"{server.url}{PATIENT}").stdout
+        assert "client-query-buffer-limit is 1048576" in said
+        assert 'CONFIG SET save ""' in said
+
+
+@pytest.mark.parametrize("maxmemory", ["2mb", "20mb"])
+def test_a_server_with_too_little_memory(maxmemory: str) -> None:
+    with redis_server(maxmemory=maxmemory) as server:
+        result = run("check", f"{server.url}{PATIENT}")
+        assert result.exit_code == 1
+        assert f"maxmemory is {maxmemory[:-2]} MiB, too small" in result.stdout
+        assert "policy evicts nothing" not in result.stdout
+
+
+FOR_BLOCKS = "+get +set +getrange +exists +strlen +unlink +persist +pexpire +scan +ping +select +client|setname"
+FOR_VALUES = "+eval +sadd +srem +scard +smembers +del +pttl"
+
+
+@pytest.mark.parametrize("binary", [redis_binary, valkey_binary])
+def test_a_user_who_may_not_do_what_values_need(binary: Callable[[], str]) -> None:
+    with redis_server(binary=binary()) as server:
+        address = server.url.replace("redis://", "redis://kvkeep:secret@") + PATIENT
+        words = f"on >secret resetkeys ~kvkeep:* resetchannels -@all {FOR_BLOCKS} {FOR_VALUES}"
+        server.call("ACL", "SETUSER", "kvkeep", *words.split())
+        assert run("check", address).exit_code == 0
+        assert server.call("DBSIZE") == 0, "it deletes what it wrote"
+        for each in FOR_VALUES.split():
+            server.call("ACL", "SETUSER", "kvkeep", each.replace("+", "-"))
+            result = run("check", address)
+            assert result.exit_code == 1, each
+            assert "set_value" in result.stdout
+            assert "may not use a command" in result.stdout
+            server.call("ACL", "SETUSER", "kvkeep", each)
+        assert all(server.call("PTTL", key) > 0 for key in server.call("KEYS", "*")), "what may not be deleted expires"
 
 
 def test_a_cluster_is_asked_node_by_node() -> None:
@@ -143,12 +181,14 @@ def test_a_wrong_address_is_exit_status_2() -> None:
 
 
 def test_advice() -> None:
-    assert redis_advice({"maxmemory": 1 << 30, "maxmemory_policy": "allkeys-lru"}) == []
-    assert "ttl" in redis_advice({"maxmemory": 1, "maxmemory_policy": "volatile-lru"})[0]
-    assert "appendonly" in redis_advice({"maxmemory": 1, "aof_enabled": 1})[0]
+    enough = 1 << 30
+    assert redis_advice({"maxmemory": enough, "maxmemory_policy": "allkeys-lru", "save": ""}) == []
+    assert "too small" in redis_advice({"maxmemory": 1})[0]
+    assert "ttl" in redis_advice({"maxmemory": enough, "maxmemory_policy": "volatile-lru"})[0]
+    assert "appendonly" in redis_advice({"maxmemory": enough, "aof_enabled": 1})[0]
     assert "does not show its settings" in redis_advice({})[0]
-    assert "up to 7335936 bytes" in redis_advice({"maxmemory": 1, "proto-max-bulk-len": "5242880"})[0]
-    assert redis_advice({"maxmemory": 1, "proto-max-bulk-len": "536870912"}) == []
+    assert "up to 7335936 bytes" in redis_advice({"maxmemory": enough, "proto-max-bulk-len": "5242880"})[0]
+    assert redis_advice({"maxmemory": enough, "proto-max-bulk-len": "536870912"}) == []
     assert memcached_advice({"limit_maxbytes": str(4 << 30)}) == []
     assert "-I 1m" in memcached_advice({"item_size_max": "524288"})[0]
     assert "-M" in memcached_advice({"evictions": "off"})[0]

@@ -22,8 +22,9 @@ from kvkeep.cache import KVCache
 from kvkeep.keys import BlockKey
 from kvkeep.policies.base import Access
 from kvkeep.stores.redis import RedisStore
+from kvkeep.stores.redis_cluster import slot_of
 from kvkeep.testing.faults import FaultyStore
-from kvkeep.testing.servers import MemcachedServer, RedisServer, memcached_server, wait_for
+from kvkeep.testing.servers import MemcachedServer, RedisServer, memcached_server, redis_cluster, wait_for
 from kvkeep.values.entry import Entry, encode
 from kvkeep.values.index import Item
 from kvkeep.values.store import layout_of
@@ -533,6 +534,76 @@ def test_a_frozen_server_does_not_hold_anybody(redis_own: RedisServer) -> None:
         wait_for(lambda: cache.set_value("b", 2), "the index does not come back")
 
 
+def test_a_dead_master_takes_only_its_own_names(caplog: pytest.LogCaptureFixture) -> None:
+    """Asked for one by one, too: a small value is its name, a large one its name and its bytes."""
+    with redis_cluster(3, 0, "--cluster-require-full-coverage", "no") as cluster, contextlib.ExitStack() as stack:
+        url = cluster.url + "?lookup_timeout=2&load_timeout=2&save_timeout=2"
+        writer = stack.enter_context(kvkeep.open(url, memory="8MiB"))
+        reader = stack.enter_context(kvkeep.open(url, memory=0))
+        small, large = [("small", at) for at in range(40)], [("large", at) for at in range(20)]
+        wait_for(lambda: writer.set_values({key: key[1] for key in small}) == 40, "the cluster is not used")
+        assert all(writer.set_value(key, ARRAY + key[1]) for key in large)
+        assert [reader.get_value(key) for key in small] == list(range(40))
+        assert all(reader.get_value(key) is not None for key in large)
+        cluster.nodes[0].kill()
+
+        def lives(name: bytes) -> bool:
+            return slot_of(name) >= 16384 // 3
+
+        def stands(key: Any) -> bool:
+            return lives(b"kvkeep:v:" + writer.values.name(writer.values.packed(key)).hex().encode())
+
+        store = writer.store.tiers[-1].store
+        assert isinstance(store, RedisStore)
+        bytes_of = [BlockKey(writer.values._digest(kvkeep_pack(ARRAY + at))) for at in range(20)]
+        for _ in range(2):
+            begin = time.monotonic()
+            assert [reader.get_value(key) is not None for key in small] == [stands(key) for key in small]
+            assert [reader.get_value(key) is not None for key in large] == [
+                stands(key) and lives(name) for key, name in zip(large, store.names(bytes_of), strict=True)
+            ]
+            assert [writer.set_value(key, -1) for key in small] == [stands(key) for key in small]
+            assert writer.set_values(dict.fromkeys(small, 7)) == sum(map(stands, small))
+            assert [writer.get_or_compute((*key, "made"), lambda: 3) for key in small] == [3] * 40
+            assert sorted({writer.invalidate(str(at)) for at in range(20)}) == [False, True]
+            assert time.monotonic() - begin < 3.0, "nobody waits for the dead one"
+        late = stack.enter_context(kvkeep.open(url, memory=0))
+        assert [late.get_value(key) is not None for key in small] == [stands(key) for key in small]
+        assert not [record for record in caplog.records if "tier index" in record.getMessage()]
+        cluster.nodes[0].start()
+        wait_for(lambda: writer.set_values(dict.fromkeys(small, 8)) == 40, "the master is not used again")
+
+
+@pytest.mark.parametrize("fault", ["full", "readonly"])
+def test_what_cannot_be_written_to_is_still_read(
+    redis_own: RedisServer, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with kvkeep.open(redis_own.url + PATIENT, memory="8MiB") as cache:
+        wait_for(lambda: cache.set_value("a", ARRAY, tags=["t"]), "the server is not used")
+        if fault == "full":
+            redis_own.call("CONFIG", "SET", "maxmemory-policy", "noeviction")
+            redis_own.call("CONFIG", "SET", "maxmemory", "1mb")
+        else:
+            redis_own.call("REPLICAOF", "127.0.0.1", "1")
+        end = time.monotonic() + 4  # several probes
+        while time.monotonic() < end:
+            assert not cache.set_value("b", 1)
+            assert cache.get_value("a") is not None
+            assert cache.get_or_compute("c", lambda: 3, tags=["t"]) == 3
+            assert cache.invalidate("u") == (fault == "full"), "what makes room is not refused"
+            time.sleep(0.05)
+        assert cache.counters.count("store_error", tier="index (writes)", cause=fault) >= 1
+        if fault == "full":
+            redis_own.call("CONFIG", "SET", "maxmemory", "256mb")
+        else:
+            redis_own.call("REPLICAOF", "NO", "ONE")
+        wait_for(lambda: cache.set_value("b", 2), "it is not written to again")
+    said = [record.getMessage() for record in caplog.records if "tier index" in record.getMessage()]
+    assert len(said) == 2, said
+    assert f"failed ({fault})" in said[0]
+    assert said[1] == "tier index (writes): is back"
+
+
 def test_a_server_that_forgets_a_tag_never_revives_what_it_had(redis_shared: RedisServer) -> None:
     with kvkeep.open(redis_shared.url + PATIENT, memory="8MiB") as cache:
         cache.set_value("a", 1, tags=["t"])
@@ -646,31 +717,42 @@ def test_threads_compute_once(opened: Callable[..., KVCache]) -> None:
     assert len({id(result) for result in results}) == 8, "each has its own"
 
 
-def test_followers_of_a_failure_compute_themselves(cache: KVCache) -> None:
+@pytest.mark.parametrize("outcome", ["fails once", "fails", "cannot be kept"])
+@pytest.mark.parametrize("each_its_own", [False, True])
+def test_nobody_queues_for_what_ends_without_a_value(
+    opened: Callable[..., KVCache], outcome: str, each_its_own: bool
+) -> None:
+    """All compute at the same time: one after the other, the last would wait for all before."""
+    shared = opened()
+    caches = [opened() if each_its_own else shared for _ in range(6)]
     calls: list[int] = []
-
-    def compute() -> int:
-        calls.append(1)
-        time.sleep(0.1)
-        if len(calls) == 1:
-            raise ZeroDivisionError
-        return 7
-
     results: list[Any] = []
 
-    def ask() -> None:
+    def compute() -> Any:
+        calls.append(1)
+        fails = outcome == "fails" or (outcome == "fails once" and len(calls) == 1)
+        time.sleep(0.4)
+        if fails:
+            raise ZeroDivisionError
+        return threading.Lock() if outcome == "cannot be kept" else 7
+
+    def ask(cache: KVCache) -> None:
         try:
             results.append(cache.get_or_compute("a", compute))
         except ZeroDivisionError:
             results.append("failed")
 
-    threads = [threading.Thread(target=ask) for _ in range(4)]
+    threads = [threading.Thread(target=ask, args=(cache,)) for cache in caches]
+    begin = time.monotonic()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(map(str, results)) == ["7", "7", "7", "failed"]
-    assert len(calls) == 2
+    assert time.monotonic() - begin < 1.5
+    assert len(results) == 6
+    if outcome == "fails once" and not each_its_own:
+        assert sorted(map(str, results)) == [*["7"] * 5, "failed"]
+        assert shared.get_value("a") == 7, "what they made is kept"
 
 
 def test_nobody_waits_longer_than_they_said(opened: Callable[..., KVCache]) -> None:

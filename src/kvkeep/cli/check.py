@@ -30,8 +30,17 @@ if TYPE_CHECKING:
 VALUE_NBYTES = 1_500_000
 """About a block of 16 tokens of a model with 8 billion weights."""
 
+BRIEF_SECONDS = 20.0
+"""How long a name that was tried may stay where it cannot be deleted."""
+
 VALUES = 24
 LOOKUPS = 50
+
+LITTLE_NBYTES = 256 << 20
+"""Less is little memory for a server."""
+
+LIMITS = {"proto-max-bulk-len": "512mb", "client-query-buffer-limit": "1gb"}
+"""Settings of Redis that a value has to stay below, and what they usually are."""
 
 
 @dataclass
@@ -44,12 +53,14 @@ class Checked:
     round_trip_ms: float | None = None
     write_mb_s: float | None = None
     read_mb_s: float | None = None
+    values: bool | None = None
+    """Are names kept there, too? None where that was not tried."""
     advice: list[str] = field(default_factory=list)
 
     @property
     def works(self) -> bool:
         """Was all that was written there read back?"""
-        return self.read_mb_s is not None
+        return self.read_mb_s is not None and self.values is not False
 
 
 def check(
@@ -145,6 +156,7 @@ def _remote(where: str, store: Store) -> Checked:
         found.reached = True
         try:
             _try(store, found)
+            _try_values(store, found)
         finally:
             _advise(store, found)
     except StoreError as error:
@@ -201,6 +213,30 @@ def _read(store: Store, key: BlockKey) -> None:
             raise StoreError("what was written is not there", cause="full")
 
 
+def _try_values(store: Store, found: Checked) -> None:
+    """Do once what ``set_value``, ``memoize`` and claims do, under names that nobody else has."""
+    from kvkeep.errors import StoreError
+    from kvkeep.values.index import Item
+    from kvkeep.values.upkeep import index_of
+
+    index = index_of(store, None)
+    if index is None:
+        return
+    name, group, claim = (randomness.token_bytes(32) for _ in range(3))
+    try:
+        index.set_many([Item(name, b"", BRIEF_SECONDS, group)])
+        if index.get_many([name]) == [None] or index.members(group) != [name]:
+            raise StoreError("what was set is not there", cause="full")
+        index.add(claim, b"", BRIEF_SECONDS)
+        index.renew(claim, b"", BRIEF_SECONDS)
+        index.release(claim, b"")
+        index.delete(name)
+        found.values = True
+    except StoreError as error:
+        found.values = False
+        found.advice.append(f"set_value, memoize and claims do not work there: {error} (cause: {error.cause})")
+
+
 def _advise(store: Store, found: Checked) -> None:
     """What the server says of itself, against what a cache wants."""
     kind = type(store).__module__
@@ -226,7 +262,8 @@ def _redis(store: Any) -> list[tuple[str, dict[str, Any]]]:
         facts: dict[str, Any] = {}
         try:
             facts |= node.info("memory") | node.info("persistence") | node.info("server")
-            facts |= node.config_get("proto-max-bulk-len")
+            for setting in ("save", *LIMITS):
+                facts |= node.config_get(setting)
         except RedisError:
             pass  # a managed server forbids CONFIG, which tells little; an ACL perhaps INFO
         found.append((name, facts))
@@ -242,8 +279,12 @@ def redis_advice(facts: dict[str, Any]) -> list[str]:
         advice.append(
             "it does not show its settings to this user (INFO): see to maxmemory and maxmemory-policy yourself"
         )
-    if facts.get("maxmemory") == 0:
+    memory = facts.get("maxmemory")
+    if memory == 0:
         advice.append("maxmemory is not set, so it grows until the system ends it: CONFIG SET maxmemory 4gb")
+    elif memory is not None and memory < LITTLE_NBYTES:
+        advice.append(f"maxmemory is {format_size(memory)}, too small for blocks of a megabyte: "
+                      "CONFIG SET maxmemory 4gb")  # fmt: skip
     policy = facts.get("maxmemory_policy", "")
     if policy == "noeviction":
         advice.append("maxmemory-policy is noeviction, so it refuses writes when it is full: "
@@ -251,10 +292,13 @@ def redis_advice(facts: dict[str, Any]) -> list[str]:
     elif str(policy).startswith("volatile-"):
         advice.append(f"maxmemory-policy is {policy}, which evicts only what has a time to live: give the address "
                       "?ttl=…, or CONFIG SET maxmemory-policy allkeys-lru")  # fmt: skip
-    largest = int(facts.get("proto-max-bulk-len", WHOLE_NBYTES))
-    if largest < WHOLE_NBYTES:
-        advice.append(f"proto-max-bulk-len is {largest}, but values have up to {WHOLE_NBYTES} bytes, and it ends the "
-                      "connection of who sends a larger one: CONFIG SET proto-max-bulk-len 512mb")  # fmt: skip
+    for setting, usual in LIMITS.items():
+        largest = int(facts.get(setting, WHOLE_NBYTES))
+        if largest < WHOLE_NBYTES:
+            advice.append(f"{setting} is {largest}, but values have up to {WHOLE_NBYTES} bytes, and it ends the "
+                          f"connection of who sends a larger one: CONFIG SET {setting} {usual}")  # fmt: skip
+    if facts.get("save"):
+        advice.append('it saves snapshots to disk (save), which a cache does not need: CONFIG SET save ""')
     if facts.get("aof_enabled"):
         advice.append("it logs every write to disk (appendonly), which a cache does not need: CONFIG SET appendonly no")
     return advice
@@ -270,7 +314,7 @@ def memcached_advice(facts: dict[str, str]) -> list[str]:
         advice.append(f"an item may have {item} bytes, but values come in parts of {PART_NBYTES}: start it with -I 1m")
     if facts.get("evictions") == "off":
         advice.append("it refuses writes when it is full: start it without -M")
-    if memory < 256 << 20:
+    if memory < LITTLE_NBYTES:
         advice.append(f"it has {format_size(memory)} of memory, little for blocks of a megabyte: start it with -m 4096")
     version = tuple(int(part) for part in facts.get("version", "1.6").split(".")[:2] if part.isdigit())
     if version < (1, 6):

@@ -2,8 +2,8 @@
 
 redis-py reads the cluster's map and knows what follows a failover; the map is read again, in the background, when a
 node fails or redirects. A node that fails is left alone until a probe in the background finds it well: what lies
-there is missing, what is put there is dropped, and the others go on. Only when none of those asked is well, the
-question fails.
+there is missing, what is put there is dropped, and the others go on. A question of which all lies there raises
+:class:`NodeError`; only when no node is well, the cluster has failed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from kvkeep.errors import StoreError
+from kvkeep.errors import WRITES_ONLY, NodeError, StoreError
 from kvkeep.stores.redis_servers import NONSENSE, Address, Node, Work, ask, client, failure, write
 from kvkeep.stores.redis_wire import Redirect, Wire, pack
 
@@ -28,8 +28,6 @@ REST_SECONDS = 1.0
 MOST_REDIRECTS = 8
 REDIRECT_SECONDS = 0.005
 SLOTS = 16384
-OF_WRITES = ("full", "readonly")
-"""Causes for which a node can still be read."""
 
 Place = tuple[str, int]
 
@@ -108,8 +106,14 @@ class Cluster:
                 else:
                     replies[index] = reply
         if failed and len(failed) == len(todo):
-            raise failed[0]
+            first = failed[0]
+            raise NodeError(str(first), cause=first.cause) if self._goes_on(first) else first
         return again
+
+    def _goes_on(self, error: StoreError) -> bool:
+        """Are there others that are well? A node that refuses to be written to is no reason to ask them."""
+        with self._changed:
+            return error.cause not in WRITES_ONLY and any(shard.error is None for shard in self._nodes.values())
 
     def _ask_node(
         self, place: Place | None, asking: bool, group: Sequence[int], deadline: float, work: Work
@@ -140,7 +144,7 @@ class Cluster:
             raise
 
     def _failed(self, shard: _Shard, error: StoreError) -> None:
-        if error.cause in ("closed", *OF_WRITES):
+        if error.cause in ("closed", *WRITES_ONLY):
             return
         if shard.error is None:
             log.warning("node %s of the cluster failed (%s), so it is left alone until it is well: %s",

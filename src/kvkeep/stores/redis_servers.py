@@ -33,6 +33,9 @@ CONNECT_SECONDS = 2.0
 MOST_OPENING = 4
 """Connections to one server that may be on their way at once: a dead one must not collect threads."""
 
+OTHER_NODES = 3
+"""Nodes of a cluster that are tried after the first one has failed."""
+
 CLIENT_OPTIONS = ("db", "client_name", "sentinel_username", "sentinel_password")
 STORE_OPTIONS = ("prefix", "ttl", "lookup_timeout", "load_timeout", "save_timeout", "connect_timeout", "rate")
 TLS_OPTIONS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname", "ssl_min_version")
@@ -154,8 +157,8 @@ def _tls(options: dict[str, str], tls: bool) -> dict[str, Any]:
 def connect(url: str, timeout: float = CONNECT_SECONDS) -> Any:
     """redis-py's own client for ``url``, with this package's options: ``redis.Redis`` or ``redis.RedisCluster``.
 
-    ``timeout``: of connecting and of each reply. Nothing is retried: a cache answers itself. The client of one server
-    connects at its first command; that of a cluster now, and raises :class:`StoreError` where it cannot.
+    ``timeout``: of connecting and of each reply. Nothing is retried, but on other nodes of a cluster. The client of one
+    server connects at its first command; that of a cluster now, and raises :class:`StoreError` where it cannot.
     """
     return client(parse(url), timeout)
 
@@ -196,6 +199,8 @@ def client(address: Address, timeout: float) -> Any:
         made = made_by(address.hosts, sentinel_kwargs=of_sentinel, db=address.db, **common).master_for(address.service)
     else:
         nodes = [redis.cluster.ClusterNode(host, port) for host, port in address.hosts]
+        # What any node can answer is asked of the map's first one, dead or not, and only when retried of others.
+        common["retry"] = Retry(NoBackoff(), OTHER_NODES)
         try:
             made = redis.RedisCluster(startup_nodes=nodes, require_full_coverage=False, **common)
         except (redis.RedisError, OSError) as error:

@@ -36,14 +36,18 @@ IOV_MAX = 512
 
 _TIMEVAL = struct.Struct("@ll")
 
+_MAY_NOT = "this user may not use a command or key that kvkeep needs (docs/remote.md lists them)"
+
 _CAUSES = {
-    b"OOM": ("full", "it is out of memory and its maxmemory-policy evicts nothing"),
+    b"OOM": ("full", "it is out of memory and evicts nothing: see to its maxmemory and maxmemory-policy"),
     b"READONLY": ("readonly", "it is a read-only replica"),
     b"NOREPLICAS": ("readonly", "it has too few replicas to accept a write"),
     b"MISCONF": ("readonly", "it refuses writes because it cannot save its data to disk"),
     b"NOAUTH": ("auth", "it asks for a password"),
     b"WRONGPASS": ("auth", "wrong user or password"),
-    b"NOPERM": ("auth", "this user may not use a command or key that kvkeep needs (docs/remote.md lists them)"),
+    b"NOPERM": ("auth", _MAY_NOT),
+    b"The": ("auth", _MAY_NOT),  # "The user executing the script can't run this command or subcommand": Redis
+    b"ACL": ("auth", _MAY_NOT),  # "ACL failure in script": Valkey
     b"LOADING": ("unreachable", "it is still loading its data"),
     b"MASTERDOWN": ("unreachable", "a replica without its master"),
     b"CLUSTERDOWN": ("unreachable", "the cluster is down"),

@@ -204,6 +204,7 @@ class IndexSuite:
 
     def test_ping_and_maintain(self, index: Index) -> None:
         index.ping()
+        index.ping_writes()
         index.set_many([Item(name(1), b"brief", BRIEF, group(1), 5), Item(name(2), b"long", None, group(2), 7)])
         time.sleep(BRIEF + self.patience + 0.01)
         assert index.maintain() in ([], [group(1)])

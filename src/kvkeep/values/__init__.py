@@ -35,7 +35,7 @@ INDEXES = {
 
 def open_values(tiers: TieredStore, *, namespace: bytes, observer: Observer, directory: Path | None) -> Values:
     """The index lies where most can see it: on the server if there is one, else in the directory, else in memory."""
-    from kvkeep.breaker import Breaker
+    from kvkeep.breaker import Breakers
     from kvkeep.flight import FileLocks, Flight, Locks, ServerLocks
     from kvkeep.values.index import Index, MemoryIndex
     from kvkeep.values.store import Values, layout_of
@@ -46,12 +46,12 @@ def open_values(tiers: TieredStore, *, namespace: bytes, observer: Observer, dir
     capacity = min(max(capacity, MIN_NBYTES), MAX_NBYTES)
     locks: list[Locks] = [] if directory is None else [FileLocks(directory / CLAIMS_FILE)]
     last = tiers.tiers[-1].store
-    breaker = Breaker("index", observer)
+    breakers = Breakers("index", observer)
     index: Index
     if type(last).__module__ in INDEXES:
         module, _, name = INDEXES[type(last).__module__].partition(":")
         index = getattr(import_module(module), name)(last)
-        locks.append(ServerLocks(index, breaker=breaker))
+        locks.append(ServerLocks(index, breakers=breakers))
     elif directory is not None:
         from kvkeep.values.sqlite import SqliteIndex
 
@@ -61,4 +61,4 @@ def open_values(tiers: TieredStore, *, namespace: bytes, observer: Observer, dir
     if directory is not None:
         labels.note(directory, layout_of(1, namespace), "values", tiers.cipher)
     flight = Flight(locks, written=lambda: tiers.writer.flush(0))
-    return Values(tiers, index, flight, breaker, namespace=namespace, observer=observer)
+    return Values(tiers, index, flight, breakers, namespace=namespace, observer=observer)

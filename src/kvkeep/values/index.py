@@ -4,8 +4,9 @@
 - An entry whose life is over is missing, on the tick of the medium's own clock.
 - An entry may belong to a *group*: those whose values are equal. Who removes the last of a group is told, so that its
   bytes can go. On a medium that evicts by itself a group may be incomplete: whoever asks checks its members.
-- Any entry may vanish. A broken medium raises :class:`~kvkeep.errors.StoreError`. Every method may be called from any
-  thread.
+- Any entry may vanish. A broken medium raises :class:`~kvkeep.errors.StoreError`. Where it is only one of its nodes,
+  what lies there is missing, and a change of it raises :class:`~kvkeep.errors.NodeError`. Every method may be called
+  from any thread.
 
 :class:`MemoryIndex` is one process's; the others stand in files of their own.
 """
@@ -20,6 +21,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 NAME_NBYTES = 32
+PROBE = bytes(NAME_NBYTES)
+"""The name of an entry that says nothing."""
+
 OVERHEAD_NBYTES = 400
 """What a process pays for an entry beside its body."""
 
@@ -58,7 +62,7 @@ class Index(ABC):
 
     @abstractmethod
     def set_many(self, items: Sequence[Item]) -> list[bytes]:
-        """Set, or replace; the groups that are empty now."""
+        """Set, or replace; the groups that are empty now. Raises once all is set that can be."""
 
     @abstractmethod
     def delete(self, name: bytes) -> tuple[bool, list[bytes]]:
@@ -104,6 +108,10 @@ class Index(ABC):
 
     def ping(self) -> None:  # noqa: B027
         """Raises ``StoreError`` unless the medium answers."""
+
+    def ping_writes(self) -> None:
+        """Raises ``StoreError`` unless it can be written to."""
+        self.add(PROBE, b"", 1.0)
 
     def after_fork(self) -> None:  # noqa: B027
         """In a forked child."""

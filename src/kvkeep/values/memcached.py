@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
-from kvkeep.errors import StoreError
+from kvkeep.errors import NodeError, StoreError
 from kvkeep.keys import BlockKey
 from kvkeep.stores.memcached import MemcachedStore, expiry_of
 from kvkeep.stores.redis_wire import Wire, garbage
@@ -95,7 +95,7 @@ class MemcachedIndex(Index):
         seconds = self._write_seconds + EACH_SECONDS * len(items)
         old: list[bytes | None] = self._store.ask([BlockKey(name) for name in names], seconds, work)
         if None in old:
-            raise StoreError("a node of Memcached did not answer", cause="unreachable")
+            raise _silent()
         groups = {item.group for item in items}
         return [group for group in self._leave(list(zip(old, names, strict=True))) if group not in groups]
 
@@ -106,7 +106,10 @@ class MemcachedIndex(Index):
                 return False, b""
             return (seen.lives, seen.place) if _delete(wire, key, seen) else None
 
-        there, place = self._repeat(name, work, self._write_seconds) or (False, b"")
+        gone = self._repeat(name, work, self._write_seconds)
+        if gone is None:
+            raise _silent()
+        there, place = gone
         return there, self._leave([(place, name)])
 
     def add(self, name: bytes, body: bytes, life: float | None) -> bool:
@@ -206,6 +209,10 @@ class MemcachedIndex(Index):
 
         (answer,) = self._store.ask([BlockKey(name)], seconds or self._store.lookup_timeout, until_done)
         return answer  # type: ignore[no-any-return]
+
+
+def _silent() -> NodeError:
+    return NodeError("a node of Memcached did not answer", cause="unreachable")
 
 
 def _data(item: Item, stamp: bytes = _NO_STAMP) -> bytes:

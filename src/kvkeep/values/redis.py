@@ -17,8 +17,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from kvkeep.errors import StoreError
+from kvkeep.errors import NodeError
 from kvkeep.stores.redis import RedisStore
+from kvkeep.stores.redis_servers import Work
 from kvkeep.stores.redis_wire import Redirect, Wire, garbage, outcome, pack
 from kvkeep.values.index import NAME_NBYTES, Found, Index, Item, write_seconds
 
@@ -29,7 +30,7 @@ BATCH = 500
 LARGEST_NBYTES = 64 << 20
 RATE = 50e6
 
-# Every script answers with a text, or with nothing where there is no entry.
+# Every script answers with a text.
 _SET = b"""local old = redis.call('GETRANGE', KEYS[1], 0, 39)
 if ARGV[2] == '' then redis.call('SET', KEYS[1], ARGV[1]) else redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2]) end
 return old"""
@@ -82,11 +83,12 @@ class RedisIndex(Index):
                 wire.send([b"".join(pack(b"PTTL", keys[at]) + wire.asking + pack(b"GET", keys[at]) for at in group)])
                 return [_entry(wire) for _ in group]
 
-            found += self._store.servers.ask(keys, self._store.lookup_timeout, work)
+            found += self._replies(keys, self._store.lookup_timeout, work)
         return found
 
     def set_many(self, items: Sequence[Item]) -> list[bytes]:
-        """A name joins its group before it is set, so a group that is empty has no name that stands."""
+        """A name joins its group before it is set, so a group that is empty has no name that stands; but for one whose
+        group lies on a node that is out of order, which is set nevertheless."""
         stamp = os.urandom(STAMP_NBYTES)
         joining = [
             (_JOIN, self._group(item.group), (item.name + stamp, _milliseconds(item.life)))
@@ -96,31 +98,30 @@ class RedisIndex(Index):
         setting = [
             (_SET, self._name(item.name), (_place(item, stamp) + item.body, _milliseconds(item.life))) for item in items
         ]
-        old = []
-        for calls in (joining, setting):
-            old = self._ask(calls, self._write_seconds)
-            if None in old:
-                raise StoreError("a node of the cluster did not answer", cause="unreachable")
+        self._ask(joining, self._write_seconds)
+        old = self._ask(setting, self._write_seconds)
         groups = {item.group for item in items}
         left = [(place or b"", item.name) for item, place in zip(items, old, strict=True)]
-        return [group for group in self._leave(left) if group not in groups]
+        empty = [group for group in self._leave(left) if group not in groups]
+        if None in old:
+            raise _silent()
+        return empty
 
     def delete(self, name: bytes) -> tuple[bool, list[bytes]]:
-        (reply,) = self._ask([(_DELETE, self._name(name), ())], self._write_seconds)
-        return (reply or b"")[:1] == b"1", self._leave([((reply or b"")[1:], name)])
+        reply = self._ask_one((_DELETE, self._name(name), ()), self._write_seconds)
+        return reply[:1] == b"1", self._leave([(reply[1:], name)])
 
     def add(self, name: bytes, body: bytes, life: float | None) -> bool:
-        return self._ask([(_ADD, self._name(name), (_NOWHERE + body, _milliseconds(life)))]) == [b"1"]
+        return self._ask_one((_ADD, self._name(name), (_NOWHERE + body, _milliseconds(life)))) == b"1"
 
     def renew(self, name: bytes, body: bytes, life: float) -> bool:
-        return self._ask([(_RENEW, self._name(name), (_NOWHERE + body, _milliseconds(life)))]) == [b"1"]
+        return self._ask_one((_RENEW, self._name(name), (_NOWHERE + body, _milliseconds(life)))) == b"1"
 
     def release(self, name: bytes, body: bytes) -> bool:
-        return self._ask([(_RELEASE, self._name(name), (_NOWHERE + body,))]) == [b"1"]
+        return self._ask_one((_RELEASE, self._name(name), (_NOWHERE + body,))) == b"1"
 
     def members(self, group: bytes) -> list[bytes]:
-        (reply,) = self._ask([(_MEMBERS, self._group(group), ())])
-        joined = reply or b""
+        joined = self._ask_one((_MEMBERS, self._group(group), ()))
         return list({joined[at : at + NAME_NBYTES]: None for at in range(0, len(joined), _PLACE_NBYTES)})
 
     def names(self) -> list[bytes]:
@@ -129,10 +130,13 @@ class RedisIndex(Index):
         return [bytes.fromhex(name.decode()) for name in found if not name.strip(b"0123456789abcdef")]
 
     def replace(self, name: bytes, old: bytes, new: bytes) -> bool:
-        return self._ask([(_REPLACE, self._name(name), (old, new))], self._write_seconds) == [b"1"]
+        return self._ask_one((_REPLACE, self._name(name), (old, new)), self._write_seconds) == b"1"
 
     def ping(self) -> None:
         self._store.ping()
+
+    def ping_writes(self) -> None:
+        self._store.ping_writes()
 
     def _leave(self, places: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
         """Take names out of the groups in which they were; the groups that are empty now."""
@@ -147,9 +151,15 @@ class RedisIndex(Index):
     def _group(self, group: bytes) -> bytes:
         return self._set + group.hex().encode()
 
+    def _ask_one(self, call: Call, seconds: float | None = None) -> bytes:
+        (reply,) = self._ask([call], seconds)
+        if reply is None:
+            raise _silent()
+        return reply
+
     def _ask(self, calls: Sequence[Call], seconds: float | None = None) -> list[bytes | None]:
-        """Each script's answer, in as few round trips as there are batches and nodes. None too where a node of a
-        cluster does not answer while others do."""
+        """Each script's answer, in as few round trips as there are batches and nodes. None where a node of a cluster
+        does not answer while others are well."""
         seconds = self._store.lookup_timeout if seconds is None else seconds
         replies: list[bytes | None] = []
         for start in range(0, len(calls), BATCH):
@@ -160,9 +170,19 @@ class RedisIndex(Index):
                 wire.send([b"".join(pack(b"EVAL", script, b"1", key, *words) for script, key, words in asked)])
                 return [_answer(wire) for _ in asked]
 
-            found = self._store.servers.ask([key for _, key, _ in batch], seconds, work)
+            found = self._replies([key for _, key, _ in batch], seconds, work)
             replies += [None if reply is None else bytes(reply) for reply in found]
         return replies
+
+    def _replies(self, keys: Sequence[bytes], seconds: float, work: Work) -> Sequence[Any]:
+        try:
+            return self._store.servers.ask(keys, seconds, work)
+        except NodeError:  # all lie there
+            return [None] * len(keys)
+
+
+def _silent() -> NodeError:
+    return NodeError("a node of the cluster does not answer", cause="unreachable")
 
 
 def _entry(wire: Wire) -> Found | Redirect | None:

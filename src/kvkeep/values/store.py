@@ -21,7 +21,7 @@ from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 from kvkeep import frame
-from kvkeep.breaker import Breaker
+from kvkeep.breaker import Breakers
 from kvkeep.buffers import Buffer, BufferPool, as_bytes, nbytes_of
 from kvkeep.crypt import key_id_of
 from kvkeep.errors import FrameError, StoreError
@@ -74,8 +74,7 @@ class _Call:
     def __init__(self) -> None:
         self.done = threading.Event()
         self.followers = 0
-        self.made: bytes | None = None
-        self.unkept = False  # it was made, but is of a type that cannot be handed on
+        self.made: bytes | None = None  # None also if it failed, or cannot be handed on
 
 
 T = TypeVar("T")
@@ -89,20 +88,20 @@ class Values:
         tiers: TieredStore,
         index: Index,
         flight: Flight,
-        breaker: Breaker,
+        breakers: Breakers,
         *,
         namespace: bytes,
         observer: Observer,
     ) -> None:
-        """``breaker``: of the index, which claims on its medium respect as well."""
+        """``breakers``: of the index, which claims on its medium respect as well."""
         self.index = index
         self.flight = flight
         self._tiers = tiers
         self._namespace = namespace
         self._observer = observer
         self._naming = naming(namespace)
-        self._breaker = breaker
-        self._breaker.on_open = tiers.writer.start
+        self._breakers = breakers
+        breakers.medium.on_open = breakers.writes.on_open = tiers.writer.start
         self._pool = BufferPool()
         self._said_locked = False
         self._said_unkept: set[str] = set()  # types
@@ -132,7 +131,7 @@ class Values:
         self, packed: Sequence[tuple[bytes, list[Buffer]]], *, ttl: float | None, stale: float, tags: Tags | None
     ) -> int:
         """The same, packed; with ``tags`` as they were when the computing began (None: they are not known)."""
-        if tags is None:
+        if tags is None or not self._breakers.written:
             return 0
         stale = 0.0 if ttl is None else min(stale, LONGEST_LIFE_SECONDS)
         life = None if ttl is None else min(ttl, LONGEST_LIFE_SECONDS) + stale
@@ -149,8 +148,8 @@ class Values:
             items.append(Item(name, self._encoded(name, entry), life, digest, kept_nbytes))
         orphans = self._asked(lambda: self.index.set_many(items), "a write") if items else []
         if orphans is None:
-            return 0
-        self._forget(orphans)
+            items = self._standing(items)  # of several nodes some may be well
+        self._forget(orphans or [])
         self._observer.event("value_set", len(items), nbytes=sum(item.nbytes for item in items))
         return len(items)
 
@@ -227,35 +226,38 @@ class Values:
         """The value of a packed ``key``, computed by one of all who ask for it now. ``ttl``, ``stale`` and ``tags``
         have been checked."""
         name = self.name(key)
-        deadline = 0.0
-        while True:
-            ((value, fresh),) = self.look_up([name], stale=stale > 0)
-            if value is not MISSING and fresh:
-                return value
-            deadline = deadline or time.monotonic() + wait
-            with self._lock:
-                call = self._calls.get(name)
-                leads = call is None
-                if call is None:
-                    call = self._calls[name] = _Call()
-                elif value is MISSING:
-                    call.followers += 1
-            if leads:
-                return self._lead(call, name, key, compute, value, deadline, ttl, stale, tags)
-            if value is not MISSING:
-                return value
-            self._observer.event("value_wait")
-            if not call.done.wait(max(0.0, deadline - time.monotonic())):
-                return compute()
-            if call.made is not None:
-                return unpack(call.made)
-            if call.unkept:  # so there is nothing to wait for: all at the same time, not one after the other
-                return compute()
+        ((value, fresh),) = self.look_up([name], stale=stale > 0)
+        if value is not MISSING and fresh:
+            return value
+        with self._lock:
+            call = self._calls.get(name)
+            leads = call is None
+            if call is None:
+                call = self._calls[name] = _Call()
+            elif value is MISSING:
+                call.followers += 1
+
+        def make() -> tuple[Any, list[Buffer] | None]:
+            """The value, computed, and packed if it can be kept."""
+            generations = self.generations(tags)
+            made = compute()
+            parts = self._pack_result(made)
+            if parts is not None:
+                self.set_packed([(key, parts)], ttl=ttl, stale=stale, tags=generations)
+            return made, parts
+
+        if leads:
+            return self._lead(call, name, make, value, wait)
+        if value is not MISSING:
+            return value
+        self._observer.event("value_wait")
+        call.done.wait(wait)
+        # Where the one that led has nothing to give, all compute at the same time, not one after the other.
+        return make()[0] if call.made is None else unpack(call.made)
 
     def _lead(
-        self, call: _Call, name: bytes, key: bytes, compute: Callable[[], Any], old: Any, deadline: float,
-        ttl: float | None, stale: float, tags: Sequence[str],
-    ) -> Any:  # fmt: skip
+        self, call: _Call, name: bytes, make: Callable[[], tuple[Any, list[Buffer] | None]], old: Any, wait: float
+    ) -> Any:
         """For the threads of this process: compute it, or wait for another process that does."""
         parts: list[Buffer] | None = None
         found: list[Any] = []
@@ -270,24 +272,22 @@ class Values:
             claim = self.flight.take(name)
             if claim is None and old is not MISSING:
                 return old
+            waited = claim is None
             if claim is None:
                 self._observer.event("value_wait")
-                claim = self.flight.wait(name, deadline - time.monotonic(), ready)
+                claim = self.flight.wait(name, wait, ready)
             try:
                 if found or (claim is not None and ready()):  # it came between the look and the claim
                     parts = pack(found[0])
                     return found[0]
-                generations = self.generations(tags)
-                made = compute()
-                parts = self._pack_result(made)
-                if parts is None:
-                    call.unkept = True
-                else:
-                    self.set_packed([(key, parts)], ttl=ttl, stale=stale, tags=generations)
+                if waited and claim is not None:  # who had it made nothing: nobody need wait for us in turn
+                    self.flight.drop(claim)
+                    claim = None
+                made, parts = make()
                 return made
             finally:
                 if claim is not None:
-                    self.flight.release(claim)
+                    (self.flight.drop if parts is None else self.flight.release)(claim)
         finally:
             with self._lock:
                 del self._calls[name]
@@ -505,19 +505,25 @@ class Values:
     def _missed(self, cause: str) -> None:
         self._observer.event("value_miss", cause=cause)
 
+    def _standing(self, items: Sequence[Item]) -> list[Item]:
+        """Those of ``items`` that are set."""
+        found = self._asked(lambda: self.index.get_many([item.name for item in items]), "a lookup") or []
+        return [item for item, one in zip(items, found, strict=False) if one is not None and one.body == item.body]
+
     def _asked(self, question: Callable[[], T], operation: str) -> T | None:
         """The index's answer, or None while it is out of order."""
-        if not self._breaker.closed:
+        if not self._breakers.medium.closed:
             return None
         try:
             return question()
         except StoreError as error:
-            self._breaker.failed(operation, error)
+            self._breakers.failed(operation, error)
             return None
 
     def _maintain(self) -> None:
         self._tell()
-        self._breaker.probe(self.index.ping)
+        self._breakers.medium.probe(self.index.ping)
+        self._breakers.writes.probe(self.index.ping_writes)
         self._forget(self._asked(self.index.maintain, "housekeeping") or [])
 
 
