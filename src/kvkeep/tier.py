@@ -230,7 +230,7 @@ class Tier:
                 self._too_small = True
                 log.warning("tier %s holds no block of this size, so it keeps none: %s; give it more", self.name, error)
         except StoreError as error:
-            (self.writing if error.cause in WRITES_ONLY else self.breaker).failed("a write", error)
+            self._failed("a write", error)
             cause = error.cause
         finally:
             if claims[done:]:
@@ -250,7 +250,7 @@ class Tier:
         try:
             return self.store.delete(key)
         except StoreError as error:
-            self.breaker.failed("a deletion", error)
+            self._failed("a deletion", error)
             return False
 
     def hide(self, key: BlockKey, why: str) -> None:
@@ -288,7 +288,16 @@ class Tier:
                 if self.delete(key):
                     self._observer.event("evict", tier=self.name, cause="expired")
         self._label()
-        return self.store.maintain()
+        try:
+            return self.store.maintain()
+        except StoreError as error:  # which does not keep it from its work
+            self._observer.event("store_error", tier=self.name, cause=error.cause)
+            log.warning("tier %s goes on: %s", self.name, error)
+            return False
+
+    def _failed(self, operation: str, error: StoreError) -> None:
+        """A write or a deletion did."""
+        (self.writing if error.cause in WRITES_ONLY else self.breaker).failed(operation, error)
 
     def after_fork(self) -> None:
         self.store.after_fork()
@@ -353,7 +362,7 @@ class Tier:
             for tenant in tenants:
                 self._evict(self._spent[tenant] - (self.quota or 0), tenant)
         except StoreError as error:
-            self.breaker.failed("a deletion", error)
+            self._failed("a deletion", error)
 
     def _evict(self, nbytes: int, *tenant: bytes, most: float = math.inf) -> int:
         """Evict until at least ``nbytes`` have gone, if given only of one tenant, and of priorities up to ``most``; how

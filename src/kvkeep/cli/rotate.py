@@ -25,7 +25,7 @@ LEFT = {
     "locked": "encrypted, and their key or namespace was not given",
     "plain": "not encrypted; --plain encrypts them, if you trust who could write there",
     "damaged": "damaged; drop them with kvkeep verify --fix",
-    "held": "held by another process",
+    "held": "held by a running process; stop it, then repeat",
     "full": "dropped for want of room",
 }
 """Why blocks are not under the newest key afterwards."""
@@ -41,7 +41,8 @@ def rotate(
     """Encrypt every block, and the names of values, anew with the newest key, so that old keys can be forgotten.
 
     Give the new key first, then the old ones; and each tenant's namespace, since blocks of a tenant are encrypted
-    under it too. Safe to repeat, and while caches use the place: a block that is in work is a miss for a moment.
+    under it too. Safe to repeat and to interrupt, and while caches use the place: a server's block that is in work is a
+    miss for a moment. What a running process holds of a directory is left: stop it first, or repeat once it has ended.
     Blocks keep their age; on a server that counts a time to live, that begins anew. Exit status 1: something is left.
     """
     from kvkeep import labels
@@ -94,6 +95,8 @@ def _rotate_names(kept: Kept, known: Secrets, cipher: Cipher, plain: bool) -> Co
 
 def _rotate(store: Store, known: Secrets, cipher: Cipher, stamp: list[float], plain: bool) -> Counter[str]:
     """Oldest first, batch by batch. ``stamp`` is what the store writes as each block's time."""
+    from kvkeep.errors import StoreFullError
+
     stamps = store.stamps()
     items = sorted(store.items(), key=lambda item: -stamps.get(item[0], 0.0))
     counts: Counter[str] = Counter()
@@ -107,11 +110,11 @@ def _rotate(store: Store, known: Secrets, cipher: Cipher, stamp: list[float], pl
                 batch.append(key)
                 nbytes += size
             for key, value in _encrypted(store, batch, known, cipher, plain, counts):
-                if not store.delete(key):
-                    counts["held"] += 1
-                    continue
                 stamp[0] = stamps.get(key, time.time())
-                counts["rotated" if store.put_many([(key, [value])]) else "full"] += 1
+                try:
+                    counts["rotated" if store.replace(key, [value]) else "held"] += 1
+                except StoreFullError:
+                    counts["full"] += 1
             progress.advance(task, len(batch))
     return counts
 

@@ -69,6 +69,18 @@ class Store(ABC):
     def items(self) -> Iterator[tuple[BlockKey, int]]:
         """Every key with its value's bytes, oldest first where the medium knows. A snapshot: safe against changes."""
 
+    def replace(self, key: BlockKey, parts: Sequence[Buffer]) -> bool:
+        """Store the same content in another form, as when it is encrypted anew; was ``key`` there, and this store's to
+        delete? Not for a store in use by an owner, whom nobody tells.
+
+        By default the old value goes first, so a kill in between loses it. Raises ``StoreFullError`` if there is no
+        room even so: then both are gone.
+        """
+        if not self.delete(key):
+            return False
+        self.put(key, parts)
+        return True
+
     def get_into(self, key: BlockKey, out: memoryview) -> int | None:
         """Copy the value to the start of ``out``; its bytes, or ``None`` if missing. Raises ``ValueError`` if
         ``out`` is too small, with nothing written."""
@@ -129,7 +141,8 @@ class Store(ABC):
 
     def maintain(self) -> bool:
         """Called about once a second from a background thread: housekeeping that must not fall into a request. Is there
-        more to do, so that it should be called again soon, though not while somebody loads?"""
+        more to do, so that it should be called again soon, though not while somebody loads? Raises ``StoreError`` to
+        have a failure counted and logged that the store has got over by itself."""
         return False
 
     def after_fork(self) -> None:  # noqa: B027

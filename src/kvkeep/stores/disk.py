@@ -14,6 +14,7 @@ Slabs, their logs and what is read from them: :mod:`~kvkeep.stores.slabs`.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -54,6 +55,10 @@ LOCK_SECONDS = 10.0
 GROW_LOCK_SECONDS = 0.2
 """Of waiting for the directory's lock with this store's own lock held: requests may wait for that one."""
 
+CAUSES = {errno.ENOSPC: "full", errno.EDQUOT: "full", errno.EFBIG: "full",
+          errno.EROFS: "readonly", errno.EACCES: "readonly", errno.EPERM: "readonly"}  # fmt: skip
+"""Of a write's failure, where what is there can still be read."""
+
 log = logging.getLogger("kvkeep")
 
 
@@ -92,12 +97,15 @@ class DiskStore(Store):
         self._slabs: dict[int, Slab] = {}
         self._own: dict[BlockKey, Location] = {}
         self._foreign: dict[BlockKey, Location] = {}
+        self._copied: set[BlockKey] = set()  # of those, what several slabs have or had
         self._reading: Counter[tuple[int, int]] = Counter()  # (slab, page) → reads under way in this process
         self._deferred: dict[tuple[int, int], int] = {}  # room of deleted values, free once nobody reads them
         self._owner: Owner | None = None
         self._stamps: dict[BlockKey, int] | None = {}  # only while opening: what is adopted is ordered by age
         self._seen_mtime = -1
         self._next_scan = self._next_growth = 0.0
+        self._stunted = False  # growing failed last time
+        self._unsaid: StoreError | None = None  # what went wrong in a call that went on without
         self._closed = False
         try:
             if not self._read_only:
@@ -151,7 +159,7 @@ class DiskStore(Store):
     @property
     def nbytes_on_disk(self) -> int:
         """Bytes that the directory's slabs may take, whoever made them: what the budget bounds."""
-        return sum(footprint(size) for _, size in self._files())
+        return sum(footprint(file.st_size) for file in self._files().values())
 
     # Reading
 
@@ -245,39 +253,102 @@ class DiskStore(Store):
             if place is None:
                 self._foreign.pop(key, None)  # not ours to delete, but not worth another read
                 return False
-            slab, page, nbytes = place
-            slab.live.pop(key, None)
+            self._drop(key, place)
+            return True
+
+    def replace(self, key: BlockKey, parts: Sequence[Buffer]) -> bool:
+        """The new value comes first where the slabs that are there have room for both: then a kill leaves one of the
+        two, or each in a slab of its own, of which the next owner keeps one. The old one is overwritten: it may be
+        one that was not encrypted."""
+        with self._lock:
+            before = self._own.pop(key, None)
+            if before is None:
+                return False
+            placed = []
+            try:
+                placed = self._place([(key, parts)], grow=False)
+                if placed:
+                    self._write(placed, [(key, parts)])
+            finally:
+                after = self._own.setdefault(key, before)
+            if after is before:
+                return super().replace(key, parts)
+            self._drop(key, before)
+            slab, page, nbytes = before
+            if (slab.number, page) not in self._deferred:
+                try:
+                    slab.write([memoryview(bytes(nbytes))], page * PAGE)
+                except OSError as error:
+                    raise self._failure("writing", error) from error
+            return True
+
+    def _drop(self, key: BlockKey, place: Location) -> None:
+        """Log that ``key`` is not in ``place`` any more, unless the slab's log says so already; give back the room."""
+        slab, page, nbytes = place
+        if slab.live.get(key) is place:
+            del slab.live[key]
             try:
                 self._log(slab, [(DELETE, page, nbytes, key)])
             except OSError as error:
                 # The room is not given back: a log that still names the key must not point at another's bytes.
-                raise StoreError(f"deleting from {self.path}: {error}") from error
-            if (slab.number, page) in self._reading:
-                self._deferred[slab.number, page] = pages_of(nbytes)
-            else:
-                slab.room.free(page, pages_of(nbytes))
-            return True
+                raise self._failure("deleting from", error) from error
+        if (slab.number, page) in self._reading:
+            self._deferred[slab.number, page] = pages_of(nbytes)
+        else:
+            slab.room.free(page, pages_of(nbytes))
 
     def attach(self, owner: Owner) -> None:
         with self._lock:
             self._owner = owner
             owner.gained([(key, place[2]) for key, place in self._own.items()])
 
+    def ping(self) -> None:
+        try:
+            if not self._read_only:
+                make_directory(self.path)
+            self._files()
+        except OSError as error:
+            raise self._failure("looking at", error) from error
+
+    def ping_writes(self) -> None:
+        """There is a slab of our own, or one can be made; and a log can be written."""
+        with self._lock:
+            self._check_open()
+            mine = [slab for slab in self._slabs.values() if slab.owned]
+            if not mine:
+                self._grow()
+                return
+            slab = min(mine, key=lambda slab: len(slab.live))
+            try:
+                self._rewrite_log(slab, slab.live)
+            except OSError as error:
+                raise self._failure("writing", error) from error
+
     def maintain(self) -> bool:
-        """Hand half of the slabs over when another process has asked for some."""
-        want = self.path / "want"
+        """Notice what was removed; hand half of the slabs over when another process has asked for some. Raises
+        ``StoreError``, once each time, when slabs of our own were removed or no more can be made."""
         if self._read_only or self._closed:
             return False
-        with self._lock, suppress(OSError):  # also a directory that may no longer be read
-            status = want.lstat()
-            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-                return False
-            mine = [slab for slab in self._slabs.values() if slab.owned and not slab.busy]
-            for slab in mine[: len(mine) // 2]:
-                self._release(slab)
-            if len(mine) >= 2:
-                want.unlink(missing_ok=True)
+        with self._lock:
+            with suppress(OSError):  # also a directory that may no longer be read
+                if self._mtime() != self._seen_mtime:
+                    self._scan()
+                self._hand_over()
+            unsaid, self._unsaid = self._unsaid, None
+        if unsaid is not None:
+            raise unsaid
         return False
+
+    def _hand_over(self) -> None:
+        want = self.path / "want"
+        status = want.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            return
+        mine = [slab for slab in self._slabs.values() if slab.owned and not slab.busy]
+        for slab in mine[: len(mine) // 2]:
+            self._release(slab)
+        if len(mine) >= 2:
+            want.unlink(missing_ok=True)
 
     def close(self) -> None:
         with self._lock:
@@ -297,8 +368,9 @@ class DiskStore(Store):
 
     # Placing and writing
 
-    def _place(self, items: Sequence[Item]) -> list[Location]:
-        """Where the first of ``items`` go: side by side as many as fit, at least one, or none if there is no room."""
+    def _place(self, items: Sequence[Item], *, grow: bool = True) -> list[Location]:
+        """Where the first of ``items`` go: side by side as many as fit, at least one, or none if there is no room.
+        ``grow``: look for another slab before the first of ``items`` are parted from the others."""
         sizes = [nbytes_of(list(parts)) for _, parts in items[:MAX_RUN]]
         pages = [pages_of(size) for size in sizes]
         with self._lock:
@@ -318,7 +390,7 @@ class DiskStore(Store):
                                 at += units
                             slab.busy += 1
                             return places
-                    if count == len(sizes) and self._grow():
+                    if grow and count == len(sizes) and self._grow():
                         continue
                     count //= 2
                 return []
@@ -346,7 +418,7 @@ class DiskStore(Store):
             with self._lock:
                 for _, page, nbytes in places:
                     slab.room.free(page, pages_of(nbytes))
-            raise StoreError(f"writing {self.path}: {error}") from error
+            raise self._failure("writing", error) from error
         finally:
             with self._lock:
                 self._done(slab)
@@ -356,24 +428,28 @@ class DiskStore(Store):
         if not records:
             return
         if slab.log_is_long(len(records)):
-            self._rewrite_log(slab)
+            self._rewrite_log(slab, slab.live)
         slab.append_log(records, self._now())
 
-    def _rewrite_log(self, slab: Slab) -> None:
-        slab.rewrite_log(self._log_path(slab.number), self._now())
+    def _rewrite_log(self, slab: Slab, live: dict[BlockKey, Location]) -> None:
+        slab.rewrite_log(self._log_path(slab.number), live, self._now())
 
     def _now(self) -> int:
         return int(self._clock() * 1000)
 
-    def _take_log(self, slab: Slab) -> None:
-        """Go on writing an adopted log where its last writer stopped; anew if it is damaged or mostly history."""
+    def _take_log(self, slab: Slab, live: dict[BlockKey, Location]) -> None:
+        """Go on writing an adopted log where its last writer stopped; anew if it is damaged, mostly history, or names
+        more than is ``live``."""
         whole = slab.log_fd >= 0 and os.fstat(slab.log_fd).st_size == slab.log_at > 0
-        if not whole or slab.log_is_long():
-            self._rewrite_log(slab)
-            return
-        fd = self._open_file(self._log_path(slab.number), os.O_RDWR)
-        os.close(slab.log_fd)
-        slab.log_fd = fd
+        if not whole or len(live) < len(slab.live) or slab.log_is_long():
+            self._rewrite_log(slab, live)
+        else:
+            fd = self._open_file(self._log_path(slab.number), os.O_RDWR)
+            os.close(slab.log_fd)
+            slab.log_fd = fd
+        for key in slab.live:
+            self._withdraw(slab, key)
+        slab.live = live
 
     # Slabs
 
@@ -396,16 +472,16 @@ class DiskStore(Store):
             os.fchmod(fd, 0o600)  # copied here by something that did not keep the mode
         return fd
 
-    def _files(self) -> list[tuple[int, int]]:
-        """Number and size of every slab in the directory."""
-        found = []
-        with suppress(FileNotFoundError), os.scandir(self.path) as entries:
+    def _files(self) -> dict[int, os.stat_result]:
+        """The data file of every slab in the directory, by number."""
+        found = {}
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.path) as entries:
             for entry in entries:
                 match = _NAME.fullmatch(entry.name)
                 if match and entry.is_file(follow_symlinks=False):
                     with suppress(FileNotFoundError):  # removed by another process since
-                        found.append((int(match[1]), entry.stat(follow_symlinks=False).st_size))
-        return sorted(found)
+                        found[int(match[1])] = entry.stat(follow_symlinks=False)
+        return dict(sorted(found.items()))
 
     @contextmanager
     def _directory_lock(self, seconds: float | None = None) -> Iterator[None]:
@@ -434,28 +510,33 @@ class DiskStore(Store):
         if owned and time.monotonic() < self._next_growth:
             return False
         try:
-            if self._create() or self._adopt_one():
+            grown = self._create() or self._adopt_one()
+            self._stunted = False
+            if grown:
                 return True
-            self._next_growth = time.monotonic() + 1
             if not owned:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
                 os.close(os.open(self.path / "want", flags, 0o600))
         except OSError as error:
+            failure = self._failure("no room can be made in", error)
             if not owned:
-                raise StoreError(f"no room can be made in {self.path}: {error}") from error
+                raise failure from error
+            if not self._stunted:
+                self._stunted, self._unsaid = True, failure
+        self._next_growth = time.monotonic() + 1
         return False
 
     def _create(self) -> bool:
         nbytes = self._slab_nbytes
+        make_directory(self.path)  # it may have been removed
         with self._directory_lock(GROW_LOCK_SECONDS):
-            files = self._files()
-            if sum(footprint(size) for _, size in files) + footprint(nbytes) > (self.capacity or 0):
+            if self.nbytes_on_disk + footprint(nbytes) > (self.capacity or 0):
                 return False
             names = [match for name in os.listdir(self.path) if (match := _NAME.fullmatch(name))]
-            taken = {int(match[1]) for match in names}  # by links and pipes, too
+            taken = {int(match[1]) for match in names} | self._slabs.keys()  # by links, pipes and removed files, too
             number = 1 + max(taken, default=-1)
             if number > LAST_NUMBER:
-                number = next(free for free in range(LAST_NUMBER) if free not in taken and free not in self._slabs)
+                number = next(free for free in range(LAST_NUMBER) if free not in taken)
             path = self._data_path(number)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
@@ -463,7 +544,7 @@ class DiskStore(Store):
                 os.posix_fallocate(fd, 0, nbytes)
                 slab = Slab(number, fd, nbytes, owned=True, direct=self._direct)
                 slab.room = Extents(nbytes // PAGE)
-                self._rewrite_log(slab)
+                self._rewrite_log(slab, slab.live)
             except OSError:
                 os.close(fd)
                 path.unlink(missing_ok=True)
@@ -505,35 +586,36 @@ class DiskStore(Store):
                 units = pages_of(nbytes)
                 if taken and sum(taken[-1]) > page:
                     continue  # two records claim one place, so the log is not to be believed here
+                if key in self._own:
+                    continue  # two processes wrote it: one copy is enough
                 taken.append((page, units))
                 live[key] = place
-            for key in slab.live:
-                self._foreign.pop(key, None)
-            slab.reopened(fd)
-            slab.owned, slab.live = True, live
-            slab.room = Extents.around(slab.nbytes // PAGE, taken)
-            self._take_log(slab)
-        except OSError:
-            if slab.data_fd != fd:
-                os.close(fd)
-            return slab.owned
-        gained = []
-        for key, place in live.items():
-            if key not in self._own:
-                self._own[key] = place
-                gained.append((key, place[2]))
+            self._take_log(slab, live)
+        except OSError:  # also no room for its log: then it is only read
+            os.close(fd)
+            return False
+        slab.reopened(fd)
+        slab.owned = True
+        slab.room = Extents.around(slab.nbytes // PAGE, taken)
+        self._own.update(live)
         if self._owner is not None:
-            self._owner.gained(gained)
+            self._owner.gained([(key, place[2]) for key, place in live.items()])
         return True
 
     def _release(self, slab: Slab) -> None:
         """Stop writing to ``slab``; go on reading from it."""
-        lost = [key for key, place in self._own.items() if place[0] is slab]
-        for key in lost:
-            self._foreign[key] = self._own.pop(key)
         reading = self._open_file(self._data_path(slab.number), os.O_RDONLY)
         slab.reopened(reading)  # gives up the lock
         slab.owned = False
+        self._lose(slab)
+        for key, place in slab.live.items():
+            self._publish(key, place)
+
+    def _lose(self, slab: Slab) -> None:
+        """What lies in ``slab`` is no longer ours to evict."""
+        lost = list(slab.live)
+        for key in lost:
+            del self._own[key]
         if self._owner is not None:
             self._owner.lost(lost)
 
@@ -541,7 +623,8 @@ class DiskStore(Store):
         """Delete slabs that nobody holds until the directory fits the budget: it may have been larger last time."""
         with self._directory_lock():
             total = self.nbytes_on_disk
-            for number, size in self._files():
+            for number, file in self._files().items():
+                size = file.st_size
                 whole = size >= PAGE and size % PAGE == 0
                 if total <= (self.capacity or 0) and whole:
                     continue
@@ -562,16 +645,16 @@ class DiskStore(Store):
 
     def _scan(self) -> None:
         """Meet the slabs that have come, forget those that have gone."""
-        try:
-            self._seen_mtime = os.stat(self.path).st_mtime_ns
-        except FileNotFoundError:
-            return
-        files = dict(self._files())
-        for number in [number for number, slab in self._slabs.items() if number not in files and not slab.busy]:
-            slab = self._slabs[number]
-            if not slab.owned:
+        self._seen_mtime = self._mtime()
+        files = self._files()
+        gone = [slab for slab in self._slabs.values() if not slab.is_file(files.get(slab.number))]
+        for slab in gone:
+            if slab.busy:
+                self._seen_mtime = -1  # not now, but soon
+            else:
                 self._forget(slab)
-        for number, size in files.items():
+        for number, file in files.items():
+            size = file.st_size
             if number in self._slabs or size < PAGE:
                 continue
             try:
@@ -581,18 +664,27 @@ class DiskStore(Store):
             slab = self._slabs[number] = Slab(number, fd, size, owned=False, direct=self._direct)
             self._replay(slab)
 
+    def _mtime(self) -> int:
+        """When something last came into the directory or went, in nanoseconds; 0 if it is not there."""
+        try:
+            return os.stat(self.path).st_mtime_ns
+        except (FileNotFoundError, NotADirectoryError):
+            return 0
+
     def _forget(self, slab: Slab) -> None:
+        """Its file was removed, or another stands in its place."""
+        if slab.owned:
+            self._lose(slab)
+            self._unsaid = StoreError(f"slabs of {self.path} were removed: what was in them is lost, new ones are made")
         for key in slab.live:
-            place = self._foreign.get(key)
-            if place is not None and place[0] is slab:
-                del self._foreign[key]
+            self._withdraw(slab, key)
         slab.close()
         del self._slabs[slab.number]
 
     def _refresh(self) -> None:
         """See what other processes have written since."""
         with suppress(OSError):
-            if os.stat(self.path).st_mtime_ns != self._seen_mtime:
+            if self._mtime() != self._seen_mtime:
                 self._scan()
         try:
             for slab in self._slabs.values():
@@ -608,8 +700,7 @@ class DiskStore(Store):
                 os.close(slab.log_fd)
                 slab.log_fd = -1
             for key in slab.live:
-                if self._foreign.get(key, (None,))[0] is slab:
-                    del self._foreign[key]
+                self._withdraw(slab, key)
             slab.live.clear()
             slab.log_at = 0
             try:
@@ -617,16 +708,42 @@ class DiskStore(Store):
             except OSError:
                 return
         pages = slab.nbytes // PAGE
+        met: dict[BlockKey, None] = {}  # only what remains in the end counts: logs are mostly history
         for op, page, nbytes, stamp, key in slab.records(slab.log_at):
             slab.log_at += RECORD.size
             if op == PUT and page + pages_of(nbytes) <= pages:
-                slab.live[key] = self._foreign[key] = (slab, page, nbytes)
+                slab.live[key] = (slab, page, nbytes)
                 if self._stamps is not None:
                     self._stamps[key] = stamp
             elif op == DELETE:
                 slab.live.pop(key, None)
-                if self._foreign.get(key, (None,))[0] is slab:
-                    del self._foreign[key]
+            met[key] = None
+        for key in met:
+            place = slab.live.get(key)
+            if place is None:
+                self._withdraw(slab, key)
+            else:
+                self._publish(key, place)
+
+    def _publish(self, key: BlockKey, place: Location) -> None:
+        """A slab of another's has ``key``. What was written last is found first."""
+        before = self._foreign.get(key)
+        if before is not None and before[0] is not place[0]:
+            self._copied.add(key)
+        self._foreign[key] = place
+
+    def _withdraw(self, slab: Slab, key: BlockKey) -> None:
+        """``slab`` has ``key`` no more, or is ours now: where another's has it too, it is found there."""
+        if self._foreign.get(key, (None,))[0] is not slab:
+            return
+        del self._foreign[key]
+        if key in self._copied:
+            others = (other for other in self._slabs.values() if other is not slab and not other.owned)
+            place = next((other.live[key] for other in others if key in other.live), None)
+            if place is None:
+                self._copied.discard(key)
+            else:
+                self._foreign[key] = place
 
     def _read_done(self, place: Location) -> None:
         slab, page, _ = place
@@ -643,6 +760,9 @@ class DiskStore(Store):
         slab.busy -= 1
         if self._closed and not slab.busy:
             slab.close()
+
+    def _failure(self, what: str, error: OSError) -> StoreError:
+        return StoreError(f"{what} {self.path}: {error}", cause=CAUSES.get(error.errno or 0, "error"))
 
     def _check_open(self) -> None:
         if self._closed:

@@ -72,6 +72,10 @@ class Slab:
 
     # Data
 
+    def is_file(self, file: os.stat_result | None) -> bool:
+        """Is this the data file that is open here?"""
+        return file is not None and os.path.samestat(file, os.fstat(self.data_fd))
+
     @property
     def past_cache(self) -> bool:
         """Others' slabs are read through the page cache, which those who share a directory share, too."""
@@ -144,11 +148,11 @@ class Slab:
             raise OSError(f"{written} of {len(data)} bytes of the log were written")
         self.log_at += written
 
-    def rewrite_log(self, path: Path, now: int) -> None:
-        """The same content without its history, in a new file that replaces the old one at once."""
+    def rewrite_log(self, path: Path, live: dict[BlockKey, Location], now: int) -> None:
+        """What is ``live``, without its history, in a new file that replaces the old one at once."""
         stamps = {key: stamp for op, _, _, stamp, key in self.records() if op == PUT}
         lines = [pack_record(HEAD, 0, 0, now, HEAD_KEY)]
-        lines += [pack_record(PUT, page, n, stamps.get(key, now), key) for key, (_, page, n) in self.live.items()]
+        lines += [pack_record(PUT, page, n, stamps.get(key, now), key) for key, (_, page, n) in live.items()]
         data = b"".join(lines)
         temporary = path.with_suffix(".new")
         temporary.unlink(missing_ok=True)
@@ -159,6 +163,7 @@ class Slab:
             os.rename(temporary, path)
         except OSError:
             os.close(fd)
+            temporary.unlink(missing_ok=True)
             raise
         if self.log_fd >= 0:
             os.close(self.log_fd)

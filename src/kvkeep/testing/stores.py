@@ -134,6 +134,13 @@ class StoreSuite:
         store.put(key(1), [b"again"])
         self.expect(read(store, key(1)), b"again")
 
+    def test_replacing(self, store: Store) -> None:
+        store.put(key(1), [b"one"])
+        assert store.replace(key(1), [b"in another", b" form"]) or not self.keeps
+        self.expect(read(store, key(1)), b"in another form")
+        assert not store.replace(key(2), [b"two"])
+        assert not store.contains(key(2))
+
     def test_items_are_a_snapshot(self, store: Store) -> None:
         for number in range(6):
             store.put(key(number), [value(number, 10 + number)])
