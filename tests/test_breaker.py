@@ -108,6 +108,42 @@ def test_a_dead_shared_tier_is_a_miss_at_once_and_comes_back_by_itself(monkeypat
         assert sink.check(TOKENS) == 8
 
 
+def test_what_a_server_missed_or_lost_reaches_it_when_it_is_found_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(breaker, "PAUSE_SECONDS", 0.1)
+    counters = Counters()
+    medium = FaultyStore(MemoryStore(8 << 20))
+    tiers = [
+        Tier("memory", MemoryStore(8 << 20), policy=LRU, codec=Raw(), observer=counters, trusted=True),
+        Tier("remote", medium, policy=None, codec=Raw(), observer=counters),
+    ]
+    cache = KVCache(TieredStore(tiers, codec=codec_named, observer=counters), counters=counters, observer=counters)
+    bound = cache.bind(LAYOUT)
+
+    def ask(tokens: list[int]) -> None:
+        with bound.lease(bound.match(tokens)) as lease:
+            assert bound.load(lease, Sink()) == len(tokens)
+        assert bound.flush(10)
+
+    with cache:
+        lost, missed = TOKENS[:64], [token + 1 for token in TOKENS]
+        bound.save(lost, Source(lost))
+        assert bound.flush(10)
+        ask(lost)
+        assert counters.count("put", tier="remote") == 4
+        medium.fail("error")
+        bound.save(missed, Source(missed))
+        assert bound.flush(10)
+        assert counters.count("dropped", tier="remote") == 8
+        medium.inner = MemoryStore(8 << 20)  # an empty one in its place
+        medium.heal()
+        assert wait_for(lambda: tiers[1].breaker.closed)
+        for _ in range(2):
+            ask(lost)
+            ask(missed)
+        assert counters.count("put", tier="remote") == 4 + 4 + 8
+        assert len(list(medium.items())) == 12
+
+
 def test_a_save_does_not_wait_for_a_hanging_server() -> None:
     counters = Counters()
     medium = FaultyStore(MemoryStore(8 << 20), hang_seconds=3.0)

@@ -26,6 +26,7 @@ class Breaker:
 
     def __init__(self, name: str, observer: Observer) -> None:
         self.on_open: Callable[[], None] | None = None
+        self.outages = 0  # that are over
         self._name = name
         self._observer = observer
         self._lock = threading.Lock()
@@ -70,6 +71,7 @@ class Breaker:
             return
         with self._lock:
             self._open = False
+            self.outages += 1
             self._closed_at = time.monotonic()
         self._observer.event("restored", tier=self._name)
         log.warning("tier %s: is back", self._name)

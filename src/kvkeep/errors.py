@@ -76,9 +76,10 @@ class ValueTooLargeError(StoreError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``did you mean …`` for a message about a wrong name."""
+    """``did you mean …`` for a message about a wrong name; of names that are as much like it, the shortest."""
     import difflib
 
     known = list(known)
-    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    close = [(difflib.SequenceMatcher(None, one, name.lower()).ratio(), -len(one), one) for one in known]
+    ratio, _, best = max(close, default=(0.0, 0, ""))
+    return f"did you mean {best!r}?" if ratio >= 0.5 else f"known: {', '.join(known)}"

@@ -34,7 +34,8 @@ from kvkeep.tier import Tier
 from kvkeep.tiered import TieredStore
 
 STAGING_NBYTES = 512 << 20
-"""Memory that a cache without a memory tier may take for blocks on their way to disk; touched only as needed."""
+"""Memory that a cache without a memory tier may take for blocks on their way to disk, which are found there until
+others come; touched only as needed."""
 
 DEFAULT_POLICY = "hazard"
 """The best or as good as the best at every capacity of the traces that were replayed: docs/policies.md."""
@@ -72,6 +73,7 @@ def open(
 
     ``path`` is a directory, or the URL of a server (then the same as ``remote``): ``redis://host:6379/0`` and so on,
     see :mod:`kvkeep.stores.url`. ``memory``, ``disk``: bytes, or a size such as ``"2GiB"``; 0 leaves the tier out.
+    (Without memory, what is on its way down still waits in up to 512 MiB of it, no more than ``disk``.)
 
     These take one value, or one for each tier, as in ``{"memory": "lru", "disk": "fifo"}``: ``policy`` evicts from
     memory and disk (a server evicts by its own); ``codec`` is what blocks are stored in:
@@ -152,7 +154,7 @@ def open(
     if remote is not None:
         tiers.append(tier("remote", open_store(remote, ttl=_seconds(_of(ttl, "remote", None))), owned=False))
     # Half of memory at most waits to be written: the rest must stay evictable, or a save would find no room. Without a
-    # memory tier nothing is found there anyway, and a batch's room is enough.
+    # memory tier it is a waiting room, where blocks are found until others need it: a batch's room is enough.
     room = arena.capacity or 0
     queue_nbytes = min(room // 2 if memory_nbytes else room * 7 // 8, 1 << 30)
     tiered = TieredStore(tiers, codec=codec_named, observer=told, queue_nbytes=queue_nbytes, cipher=cipher)

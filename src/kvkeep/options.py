@@ -9,7 +9,9 @@ from typing import Any, TypeAlias, TypeVar
 
 from kvkeep import admission, registry
 from kvkeep.errors import ConfigError, nearest
-from kvkeep.sizes import parse_age, parse_size
+from kvkeep.sizes import format_size, parse_age, parse_size
+from kvkeep.stores import url
+from kvkeep.stores.disk import MIN_CAPACITY
 
 OWNED = ("memory", "disk")
 TIERS = (*OWNED, "remote")
@@ -27,7 +29,12 @@ def checked(key: str, value: Any) -> Any:
         case "memory" | "disk":
             if not isinstance(value, (int, str)) or isinstance(value, bool):
                 raise ConfigError(f'{key} is a size such as 1048576 or "2GiB", not {value!r}')
-            return parse_size(value)
+            nbytes = parse_size(value)
+            if key == "disk" and 0 < nbytes < MIN_CAPACITY:
+                raise ConfigError(
+                    f"disk: {nbytes} bytes are too few; at least {format_size(MIN_CAPACITY)}, or 0 for none"
+                )
+            return nbytes
         case "quota":
             _check_tiers(key, value, OWNED)
             for one in _each(value):
@@ -72,9 +79,14 @@ def checked(key: str, value: Any) -> Any:
             if not isinstance(value, (str, os.PathLike)):
                 raise ConfigError(f"{key} is a path, not {value!r}")
             return Path(value)
+        case "remote":
+            if not isinstance(value, str):
+                raise ConfigError("remote is a text, the address of a server")
+            url.check(value)
+            return value
         case _:
             if not isinstance(value, str):
-                raise ConfigError(f"{key} is a text, not {'that' if key == 'remote' else repr(value)}")
+                raise ConfigError(f"{key} is a text, not {value!r}")
             return value
 
 

@@ -29,6 +29,8 @@ log = logging.getLogger("kvkeep")
 
 MAX_HIDDEN = 1 << 16
 
+MAX_CAUGHT_UP = 1 << 16
+
 PolicyFactory = Callable[[int], EvictionPolicy]
 """Makes a policy for a capacity in bytes."""
 
@@ -92,6 +94,8 @@ class Tier:
         self._prompt: set[BlockKey] = set()  # what came last, by one put or by several …
         self._prompt_end: BlockKey | None = None  # … of which this is the last block
         self._hidden: set[BlockKey] = set()  # are there, but of no use to this process
+        self._outages = 0  # of which these were named since:
+        self._caught_up: set[BlockKey] = set()
         self._too_small = False  # and that was said
         if self.owned:
             self.store.attach(self)
@@ -171,6 +175,20 @@ class Tier:
     def has_rule(self) -> bool:
         """Is there a write rule, so that a block may be passed over now and wanted later?"""
         return self._write_rule is not None
+
+    def catch_up(self, found: Sequence[tuple[BlockKey, Access]]) -> list[tuple[BlockKey, Access]]:
+        """Of what a request found in a faster tier, what may be missing here since an outage: dropped then, or gone
+        with a server's memory. Each block is named once after an outage."""
+        outages = self.breaker.outages + self.writing.outages
+        if not outages or not (self.breaker.closed and self.writing.closed):
+            return []
+        with self._lock:
+            if outages != self._outages or len(self._caught_up) > MAX_CAUGHT_UP:
+                self._outages = outages
+                self._caught_up.clear()
+            again = [(key, access) for key, access in found if key not in self._caught_up]
+            self._caught_up.update(key for key, _ in again)
+        return again
 
     def seen(self, keys: Sequence[BlockKey], accesses: Sequence[Access]) -> None:
         """A request has these blocks, found or new, from the front to the back: rules learn from it."""

@@ -274,7 +274,8 @@ class TieredStore:
     def touch(
         self, keys: Sequence[BlockKey], places: Sequence[Tier], layout: KVLayout, accesses: Sequence[Access]
     ) -> None:
-        """A request uses these blocks. What a tier's write rule passed over when it was new may be wanted now."""
+        """A request uses these blocks. What a tier's write rule passed over when it was new may be wanted now, and so
+        may what passed the tier by while it was out of order."""
         by_tier: dict[int, list[tuple[BlockKey, Access]]] = {id(tier): [] for tier in self.tiers}
         for key, place, access in zip(keys, places, accesses, strict=True):
             by_tier[id(place)].append((key, access))
@@ -282,11 +283,11 @@ class TieredStore:
         for tier in self.tiers:
             tier.touch(by_tier[id(tier)])
             tier.seen(keys, accesses)
-            if tier.has_rule:
-                for key, access in by_tier[id(first)]:
-                    if tier.wants_written(key, access) and not (tier.owned and tier.contains_many([key])[0]):
-                        first.pin([key])
-                        self.writer.enqueue(Write(key, layout, layout.block_nbytes, first, tier, access))
+            above = by_tier[id(first)]
+            for key, access in above if tier.has_rule else tier.catch_up(above):
+                if tier.wants_written(key, access) and not (tier.owned and tier.contains_many([key])[0]):
+                    first.pin([key])
+                    self.writer.enqueue(Write(key, layout, layout.block_nbytes, first, tier, access))
 
     def save(
         self, items: Sequence[Item], layout: KVLayout, accesses: Sequence[Access], *, deadline: float = 0.0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -40,19 +42,29 @@ def test_a_copy_elsewhere_digests_alike(folder: Path, tmp_path: Path) -> None:
     assert files_digest(files(other)) == files_digest(files(folder))
 
 
-@pytest.mark.parametrize("replace", [True, False])
-def test_changed_bytes_of_the_same_size_are_seen(folder: Path, replace: bool) -> None:
+@pytest.mark.parametrize("how", ["replaced", "written", "written, and its mtime set back"])
+def test_changed_bytes_of_the_same_size_are_seen(folder: Path, how: str) -> None:
     before = files_digest(files(folder))
     path = files(folder)[0]
     stat = path.stat()
-    if replace:  # the same mtime too: the inode tells
+    time.sleep(0.02)  # files' times count in the kernel's ticks
+    if how == "replaced":
         (folder / "new").write_bytes(b"eno" * 1000)
         os.utime(folder / "new", ns=(stat.st_atime_ns, stat.st_mtime_ns))
         os.replace(folder / "new", path)
     else:
         path.write_bytes(b"eno" * 1000)
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + (how == "written")))
     assert files_digest(files(folder)) != before
+
+
+def test_a_record_of_an_older_form_costs_a_digest(folder: Path) -> None:
+    before = files_digest(files(folder))
+    kept = json.loads((folder / CACHE_NAME).read_text())
+    for each in kept.values():  # without the ctime
+        each.update(stamp=each["stamp"][:3], sha256="0" * 64)
+    (folder / CACHE_NAME).write_text(json.dumps(kept))
+    assert files_digest(files(folder)) == before
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1}', "\x00"])

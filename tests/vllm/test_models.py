@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,8 @@ def test_state_that_is_no_tokens_is_refused(kind: str, models: Callable[[str], P
         ({"block_token": 16}, "block_tokens"),
         ({"alligned": True}, "aligned"),
         ({"disk": "many"}, "many"),
-        ({"aligned": "yes"}, "aligned is true, false"),
-        ({"async_load": "maybe"}, 'or "auto"'),
+        ({"aligned": "yes"}, "aligned is true or false, not 'yes'"),
+        ({"async_load": "maybe"}, 'async_load is true, false or "auto", not'),
         ({"codec": "zipp"}, "zipp"),
         ({"config": "/nowhere/kvkeep.toml"}, "/nowhere/kvkeep.toml"),
         ({"config": "kvkeep.toml", "disk": "1GiB"}, "leave config out"),
@@ -109,6 +110,14 @@ def test_what_cannot_be_served_is_refused(
 ) -> None:
     with pytest.raises((ConfigError, NotImplementedError), match=says):
         Engine(models("gqa"), {"dir": str(tmp_path)}, **options)
+
+
+def test_blocks_that_no_request_can_fill_are_said(
+    models: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    Engine(models("gqa"), {"dir": str(tmp_path), "block_tokens": 4096}, block_size=32, max_model_len=2048)
+    assert "keeps nothing: block_tokens is 4096, and no request has more than 2048 tokens" in caplog.text
 
 
 def test_options_from_a_file(models: Callable[[str], Path], tmp_path: Path) -> None:

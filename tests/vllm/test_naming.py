@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from serving import prompt
@@ -35,8 +39,16 @@ def request(**parts: Any) -> Request:
     return Request("r", sampling_params=SamplingParams(max_tokens=1), pooling_params=None, **parts)
 
 
+def started() -> Adapters:
+    """Of a server that starts now."""
+    time.sleep(0.02)  # files' times may be a tick of the kernel behind
+    adapters = Adapters(time.time_ns())
+    time.sleep(0.02)
+    return adapters
+
+
 def keys(asked: Request, adapters: Adapters | None = None) -> list[bytes]:
-    digest = (adapters or Adapters()).digest(asked)
+    digest = (adapters or started()).digest(asked)
     assert digest is not None
     found, limit = extras(asked, digest, 16)
     tokens = list(asked.all_token_ids)[: min(limit, asked.num_tokens) // 16 * 16]
@@ -106,21 +118,74 @@ def adapter(folder: Path, seed: int, alpha: int = 16) -> Path:
     return folder
 
 
-def test_an_adapter_counts_by_its_bytes_not_by_its_name(tmp_path: Path) -> None:
-    def lora(folder: Path, number: int = 1, name: str = "name", **options: Any) -> Request:
-        return request(lora_request=LoRARequest(name, number, str(folder), **options))
+def lora(folder: Path, number: int = 1, name: str = "name", **options: Any) -> Request:
+    return request(lora_request=LoRARequest(name, number, str(folder), **options))
 
+
+def test_an_adapter_counts_by_its_bytes_not_by_its_name(tmp_path: Path) -> None:
     one, two = adapter(tmp_path / "one", 1), adapter(tmp_path / "two", 2)
     copy, scaled = adapter(tmp_path / "copy", 1), adapter(tmp_path / "scaled", 1, alpha=32)
     first = keys(lora(one))
     assert first == keys(lora(copy, 7, "other name"))
     assert all(same(first, other) == 0 for other in (keys(lora(two)), keys(lora(scaled)), keys(request())))
-    known = Adapters()
+    assert started().digest(lora(one, load_inplace=True)) is None
+    assert started().digest(lora(tmp_path / "nowhere")) is None
+    known = started()
     assert keys(lora(one), known) == first
-    adapter(one, 3)  # other bytes in the place that vLLM has read already: nobody knows which it serves
-    assert known.digest(lora(one)) is None
-    assert Adapters().digest(lora(one, load_inplace=True)) is None
-    assert Adapters().digest(lora(tmp_path / "nowhere")) is None
+    assert known.digest(lora(two)) is None  # vLLM knows an adapter by its number: it serves the first
+
+
+def _rewrite(place: Path) -> None:
+    adapter(place / "one", 2)
+
+
+def _rename_over(place: Path) -> None:
+    for file in (place / "two").iterdir():
+        file.rename(place / "one" / file.name)
+
+
+def _rename_the_folder(place: Path) -> None:
+    (place / "one").rename(place / "before")
+    (place / "two").rename(place / "one")
+
+
+def _remove_one_of_two(place: Path) -> None:
+    (place / "one" / "adapter_model.bin").unlink()
+
+
+def _turn_the_link(place: Path) -> None:
+    (place / "next").rename(place / "link")
+
+
+def _change_and_change_back(place: Path) -> None:
+    file = place / "one" / "adapter_config.json"
+    before, stat = file.read_text(), file.stat()
+    file.write_text("{}")
+    file.write_text(before)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_rewrite, _rename_over, _rename_the_folder, _remove_one_of_two, _turn_the_link, _change_and_change_back],
+)
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_an_adapter_that_changes_while_the_server_runs_has_no_name(
+    tmp_path: Path, asked_before: bool, change: Callable[[Path], None]
+) -> None:
+    """vLLM may have read it before the change or after, whether or not somebody has asked yet."""
+    for number, name in enumerate(("one", "two"), 1):
+        (adapter(tmp_path / name, number) / "adapter_model.bin").write_bytes(b"the same")
+    (tmp_path / "link").symlink_to("one")
+    (tmp_path / "next").symlink_to("two")
+    asked = lora(tmp_path / ("link" if change is _turn_the_link else "one"))
+    known = started()
+    if asked_before:
+        assert known.digest(asked) is not None
+    change(tmp_path)
+    for _ in range(2):
+        assert known.digest(asked) is None
+    assert started().digest(asked) is not None  # a restart reads what lies there
 
 
 def test_names_do_not_depend_on_the_process() -> None:

@@ -54,7 +54,7 @@ def vllm_args(
     from kvkeep.errors import ConfigError
 
     given: dict[str, Any] = {
-        "dir": None if directory is None else str(directory.expanduser().resolve()),
+        "dir": None if directory is None else str(directory),
         "memory": memory,
         "disk": disk,
         "remote": remote,
@@ -63,18 +63,28 @@ def vllm_args(
         "ttl": ttl,
         "block_tokens": block_tokens,
         "aligned": aligned or None,
-        "config": None if config is None else str(config.expanduser().resolve()),
+        "config": None if config is None else str(config),
     }
     options = {name: value for name, value in given.items() if value is not None}
     for each in option or []:
         name, equals, text = each.partition("=")
         if not equals:
             fail(f"an option is NAME=VALUE, not {each!r}")
+        if name in options:
+            fail(f"{name} is given twice")
         options[name] = _value(text)
+    # The server has a working directory of its own.
+    for name in ("dir", "config", "trace"):
+        if isinstance(options.get(name), str):
+            options[name] = str(Path(options[name]).expanduser().resolve())
     try:
         parse(options)
     except ConfigError as error:
         fail(str(error))
+    keys = options.get("encryption", [])
+    for key in [keys] if isinstance(keys, str) else keys:
+        if not key.startswith(("env:", "/", "~", "file:/", "file:~")):
+            fail('encryption is "env:NAME" or "file:PATH", with a full path')  # not quoted: it may be the key itself
     value = json.dumps(transfer_config(options))
     print(value if as_json else f"--kv-transfer-config {shlex.quote(value)}")
 

@@ -2,10 +2,10 @@
 
 Two digests together name a model. SHA-256 over the bytes of its files is what an attacker cannot forge; it costs
 seconds, so it is paid once and kept in ``.kvkeep-digests.json`` beside the files, or, where that folder is not
-writable, under the user's cache folder. A kept digest counts only while path, size, mtime in nanoseconds and inode
-are what they were. XXH3-128 over the tensors in memory (tens of GB/s) is what notices that a model is no longer
-what its files say: merged adapters, another dtype, edited weights. A model without files has SHA-256 over its
-tensors instead.
+writable, under the user's cache folder. A kept digest counts only while path, size, inode, mtime and ctime (which no
+program can set back) are what they were. XXH3-128 over the tensors in memory (tens of GB/s) is what notices that a
+model is no longer what its files say: merged adapters, another dtype, edited weights. A model without files has
+SHA-256 over its tensors instead.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _file_digest(path: Path, fallback: Path) -> str:
 
 def _stamp(path: Path) -> list[int]:
     stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns]
 
 
 def _is_sha256(text: Any) -> bool:

@@ -16,6 +16,8 @@ from kvkeep import secret
 from kvkeep.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from kvkeep.stores.base import Store
 
 _REDIS = "kvkeep.stores.redis:RedisStore"
@@ -46,6 +48,12 @@ def open_store(url: str, *, ttl: float | None = None) -> Store:
     url = _address(url)
     store: Store = _class(scheme_of(url)).from_url(url, ttl=ttl)
     return store
+
+
+def check(url: str) -> None:
+    """Raise :class:`ConfigError` where no store has such an address; one in a variable or file is not read for that."""
+    if not url.startswith(secret.PREFIXES):
+        _target(scheme_of(url))
 
 
 def is_url(text: object) -> bool:
@@ -110,14 +118,21 @@ def _address(url: str) -> str:
 
 
 def _class(scheme: str) -> Any:
-    target = SCHEMES.get(scheme)
-    if target is not None:
-        module, _, name = target.partition(":")
-        return getattr(import_module(module), name)
+    target = _target(scheme)
+    if not isinstance(target, str):
+        return target.load()
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)
+
+
+def _target(scheme: str) -> str | EntryPoint:
+    """Where the class is. Raises :class:`ConfigError` if nobody has such addresses."""
+    if scheme in SCHEMES:
+        return SCHEMES[scheme]
     from importlib.metadata import entry_points
 
     for point in entry_points(group="kvkeep.stores"):
         if point.name == scheme:
-            return point.load()
+            return point
     named = f"{scheme}://" if re.fullmatch(r"[a-z0-9+.-]{1,20}", scheme) else "that"  # it may be a misplaced password
     raise ConfigError(f"no store has addresses that begin with {named}; {nearest(scheme, SCHEMES)}")

@@ -9,7 +9,7 @@ Stock vLLM loads it from here::
 The options are those of :mod:`kvkeep.engines.vllm.options`. Who does what: ``connector`` is what vLLM sees; it hands
 over to ``scheduler`` (which prefix is stored, what to load, what to save) in the scheduler's process and to ``worker``
 (loads and saves) in each rank's. They talk in the dataclasses of ``plan``. ``pages`` knows where a token lies in the
-engine's memory, ``naming`` what a prompt's blocks are called, ``stats`` what happened.
+engine's memory, ``naming`` what a prompt's blocks are called, ``stats`` what happened, ``logs`` how it is said.
 
 Importing this module does not import vLLM.
 """

@@ -18,6 +18,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
+from kvkeep.engines.vllm import logs
 from kvkeep.engines.vllm.options import parse
 from kvkeep.engines.vllm.plan import Hello, Plan, Report
 from kvkeep.engines.vllm.scheduler import Scheduler
@@ -37,8 +38,10 @@ class KVKeepConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         """Raises :class:`~kvkeep.errors.ConfigError` on a wrong option, or a model that cannot be served."""
         super().__init__(vllm_config, role, kv_cache_config)
-        options = parse(self._kv_transfer_config.kv_connector_extra_config)
-        layer_names(vllm_config, kv_cache_config)
+        logs.join()
+        with logs.refusing():
+            options = parse(self._kv_transfer_config.kv_connector_extra_config)
+            layer_names(vllm_config, kv_cache_config)
         # A block that does not load is computed. vLLM's default is to fail the request; it reads this afterwards.
         self._kv_transfer_config.kv_load_failure_policy = "recompute"
         if role == KVConnectorRole.SCHEDULER:
@@ -54,10 +57,11 @@ class KVKeepConnector(KVConnectorBase_V1):
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
         """Any will do. vLLM asks this before it lays out the cache: the moment to refuse what would fail there."""
         if vllm_config.model_config.is_hybrid:
-            raise ConfigError(
-                "kvkeep keeps attention's keys and values by token; this model also has recurrent layers, whose state "
-                "cannot be cut into blocks"
-            )
+            with logs.refusing():
+                raise ConfigError(
+                    "kvkeep keeps attention's keys and values by token; this model also has recurrent layers, whose "
+                    "state cannot be cut into blocks"
+                )
         return None
 
     def shutdown(self) -> None:
@@ -69,7 +73,8 @@ class KVKeepConnector(KVConnectorBase_V1):
     # In a rank's process
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._worker.register(kv_caches)
+        with logs.refusing():
+            self._worker.register(kv_caches)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata:
         return self._worker.hello

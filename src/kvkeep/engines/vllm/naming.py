@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import vllm
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.request import Request
 
@@ -22,6 +24,8 @@ from kvkeep.engines.weights import files_digest, tensor_bytes
 from kvkeep.errors import ConfigError
 from kvkeep.identity import ModelIdentity
 from kvkeep.keys import Extra
+
+log = init_logger("vllm.kvkeep")
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 _ADAPTER = ("adapter_config.json", "adapter_model*", "new_embeddings*")
@@ -86,26 +90,62 @@ def _hub_folder(name: str, revision: str | None, cache_dir: str | None) -> Path:
 
 
 class Adapters:
-    """LoRA adapters by their bytes. One whose files change while the server runs is not kept any more, since nobody
-    says when vLLM reads them again."""
+    """LoRA adapters by their bytes.
 
-    def __init__(self) -> None:
-        self._seen: dict[int, bytes] = {}
+    vLLM reads an adapter when it is added, and again when others have displaced it, and tells no connector. So one has
+    a name only while nothing of it has changed since ``started_ns`` (the engine's start, in nanoseconds of the epoch):
+    whatever vLLM has read is what lies there. One that has changed gets no name any more, even if it is changed back.
+    """
+
+    def __init__(self, started_ns: int) -> None:
+        self._started_ns = started_ns
+        self._named: dict[int, tuple[str, bytes]] = {}  # by vLLM's number: its path and digest
+        self._refused: set[int] = set()
 
     def digest(self, request: Request) -> bytes | None:
         """Empty without an adapter; ``None`` where the adapter's bytes are not known for certain."""
         lora = request.lora_request
         if lora is None:
             return b""
-        folder = Path(lora.lora_path)
-        files = {file for pattern in _ADAPTER for file in folder.glob(pattern)} if folder.is_dir() else set()
-        if lora.load_inplace or not files:
+        if lora.lora_int_id in self._refused:
             return None
         try:
-            digest = bytes.fromhex(files_digest(files))
-        except OSError:
+            return self._name(lora)
+        except (OSError, ConfigError) as error:
+            self._refused.add(lora.lora_int_id)
+            log.warning("kvkeep: nothing is kept for adapter %s: %s", lora.lora_name, error)
             return None
-        return digest if self._seen.setdefault(lora.lora_int_id, digest) == digest else None
+
+    def _name(self, lora: LoRARequest) -> bytes:
+        """Raises ``OSError`` or :class:`ConfigError` with the reason why it has none."""
+        if lora.load_inplace:
+            raise ConfigError("it was loaded in place of another one (load_inplace); load it under a name of its own")
+        folder = Path(lora.lora_path).absolute()
+        files = sorted({file for pattern in _ADAPTER for file in folder.glob(pattern)})
+        if not files:
+            raise ConfigError(f"{folder} is no folder with an adapter")
+        path, digest = self._named.get(lora.lora_int_id) or (lora.lora_path, _files_digest(files))
+        if path != lora.lora_path:
+            raise ConfigError(f"it has number {lora.lora_int_id}, under which vLLM has read {path}")
+        if max(_changed_ns(part) for part in (folder, *files)) >= self._started_ns:
+            raise ConfigError(f"{folder} has changed since the server started; after a restart it is kept")
+        self._named[lora.lora_int_id] = (path, digest)
+        return digest
+
+
+def _files_digest(files: Sequence[Path]) -> bytes:
+    # Not kept beside them, as that of weights is: an adapter is small, and a file more would change its folder.
+    return _digest(*(part for file in files for part in (file.name.encode(), file.read_bytes())))
+
+
+def _changed_ns(path: Path) -> int:
+    """When ``path``, or a link on the way to it, last changed: by ctime, which also counts renames, and which nobody
+    can set. Raises ``OSError``."""
+    changed = path.stat().st_ctime_ns
+    for part in (path, *path.parents):
+        if part.is_symlink():
+            changed = max(changed, part.lstat().st_ctime_ns, _changed_ns(part.parent / part.readlink()))
+    return changed
 
 
 def extras(request: Request, adapter: bytes, block_tokens: int) -> tuple[list[Extra], int]:
@@ -116,7 +156,7 @@ def extras(request: Request, adapter: bytes, block_tokens: int) -> tuple[list[Ex
     found: list[Extra] = []
     limit = 1 << 62
     if adapter:
-        found.append((0, _digest(b"adapter", adapter)))
+        found.append((0, _digest(b"adapter 2", adapter)))
     if request.cache_salt:
         found.append((0, _digest(b"salt", request.cache_salt.encode())))
     for feature in request.mm_features:

@@ -44,6 +44,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 
 from kvkeep import config as cache_config
 from kvkeep.cache import KVCache, Match
+from kvkeep.engines.vllm import logs
 from kvkeep.engines.vllm.naming import identity
 from kvkeep.errors import ConfigError
 from kvkeep.identity import derive
@@ -76,10 +77,12 @@ class KVKeepTier(SecondaryTierManager):
     ) -> None:
         """Raises :class:`ConfigError` on a wrong option, or where chunks' names are not safe to keep."""
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
-        found = _options(options)
-        vllm_config = _vllm_config()
-        _refuse_what_is_named_by_name(vllm_config)
-        self._cache: KVCache = found.open()
+        logs.join()
+        with logs.refusing():
+            found = _options(options)
+            vllm_config = _vllm_config()
+            _refuse_what_is_named_by_name(vllm_config)
+            self._cache: KVCache = found.open()
         layout = chunk_layout(vllm_config, offloading_spec.config, self.block_size_bytes, self._cache.namespace)
         self._cache = self._cache.bind(layout, description=f"{offloading_spec.config.model.name} (vLLM offloading)")
         self._layout = layout

@@ -41,7 +41,7 @@ def parse(extra: dict[str, Any]) -> Options:
             own[name] = _boolean(name, rest.pop(name))
     if "async_load" in rest:
         value = rest.pop("async_load")
-        own["async_load"] = None if value == "auto" else _boolean("async_load", value, ' or "auto"')
+        own["async_load"] = None if value == "auto" else _boolean("async_load", value, 'true, false or "auto"')
     if "config" in rest:
         path = rest.pop("config")
         if not isinstance(path, str):
@@ -67,7 +67,7 @@ def _usable(cache: Config) -> Config:
     )
 
 
-def _boolean(name: str, value: Any, more: str = "") -> bool:
+def _boolean(name: str, value: Any, kinds: str = "true or false") -> bool:
     if not isinstance(value, bool):
-        raise ConfigError(f"{name} is true, false{more}, not {value!r}")
+        raise ConfigError(f"{name} is {kinds}, not {value!r}")
     return value

@@ -165,7 +165,7 @@ class Scheduler:
         self._page_tokens = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._pipeline = vllm_config.parallel_config.pipeline_parallel_size > 1
         self._hellos: list[Hello] = []
-        self._adapters = Adapters()
+        self._adapters = Adapters(time.time_ns())
         self._salt: list[Extra] = []
         self._prompts: dict[str, Prompt | None] = {}
         self._computing: dict[BlockKey, str] = {}  # blocks that a running request is about to compute

@@ -70,6 +70,12 @@ class Worker:
             block_tokens=tiers.block_tokens,
             num_shards=parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
         )
+        longest = self._config.model_config.max_model_len
+        if layout.block_tokens > longest:
+            log.warning(
+                "kvkeep: keeps nothing: block_tokens is %d, and no request has more than %d tokens (max-model-len)",
+                layout.block_tokens, longest,
+            )  # fmt: skip
         self._cache = tiers.bind(layout, shard=self._shard, description=str(self._config.model_config.model))
         self._since = Since(self._cache.counters)
         log.info(
