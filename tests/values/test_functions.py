@@ -386,6 +386,14 @@ def test_data_of_a_class(cache: KVCache, what: str) -> None:
     assert cache.counters.count("value_set") == 3
 
 
+@pytest.mark.parametrize("result", ["x * C.S.value", "x * next(iter(C)).value"])
+def test_members_of_an_enumeration(cache: KVCache, result: str) -> None:
+    source = f"import enum\nclass C(enum.Enum):\n    S = {{}}\ndef f(x): return {result}"
+    assert [cache.memoize(made(source.format(scale)))(1) for scale in (2, 3)] == [2, 3]
+    with pytest.raises(TypeError, match=r"'C' stands for.*version="):
+        cache.memoize(made(source.format("object()")))(1)
+
+
 def test_a_method_that_is_replaced(cache: KVCache) -> None:
     function = made("class C:\n    def m(self, x): return x + 1\ndef f(x): return C().m(x)")
     memoized = cache.memoize(function)

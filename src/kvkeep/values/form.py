@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from kvkeep.buffers import Buffer, as_bytes
 from kvkeep.errors import CodecError
+from kvkeep.values.padding import solid
 
 MAGIC = b"kvv1"
 ALIGN = 64
@@ -178,7 +179,7 @@ class Writer:
         order = list(range(array.ndim))
         if not array.flags.c_contiguous:
             order.sort(key=lambda axis: -abs(array.strides[axis]))
-        flat = np.ascontiguousarray(array.transpose(order)).reshape(-1)
+        flat = solid(np.ascontiguousarray(array.transpose(order)).reshape(-1))
         data = flat.view(np.uint8).data if flat.nbytes else b""
         node = self._buffer("a", data)
         node += [dtype, list(array.shape)]
@@ -189,7 +190,7 @@ class Writer:
             return ["ns", str(scalar)]
         if isinstance(scalar, np.bytes_):
             return ["nb", scalar.hex()]
-        return ["n", dtype_node(scalar.dtype), scalar.tobytes().hex()]
+        return ["n", dtype_node(scalar.dtype), solid(np.array([scalar], scalar.dtype)).tobytes().hex()]
 
 
 _WRITERS: dict[type, Callable[[Writer, Any], Node]] = {

@@ -1,11 +1,12 @@
 """A function's identity: what has to change its cached results when it changes.
 
 Its module and name, its code, its defaults, what it has closed over, and the globals that its code names: data by
-content at each call; functions and classes of the same package, or of no versioned one, by their own code; modules
-without a version by their file; everything else by name and version. Left out is what its code visibly writes to, such
-as a counter of its calls, and loggers, locks and caches. What cannot be told apart by content (a model, an open file)
-is refused, unless the caller vouches for it with a ``version``, which then stands in its place. A method's ``self`` is
-an argument like others, and as an object it is refused.
+content at each call; functions and classes of the same package, or of no versioned one, by their own code, classes by
+their data too; modules without a version by their file and by what the code takes from them; objects that are called by
+their class and by what they hold; everything else by name and version (:mod:`kvkeep.values.parts`). Left out is what
+its code visibly writes to, such as a counter of its calls, and loggers, locks and caches. What cannot be told apart by
+content (a model, an open file) is refused, unless the caller vouches for it with a ``version``, which then stands in
+its place. A method's ``self`` is an argument like others, and as an object it is refused.
 """
 
 from __future__ import annotations

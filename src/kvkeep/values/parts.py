@@ -16,6 +16,7 @@ import sys
 import types
 from collections import deque
 from collections.abc import Callable
+from enum import Enum
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ class Parts:
         for head in sorted({path[0] for path in paths if path}):
             if isinstance(owner, type):
                 found = inspect.getattr_static(owner, head, None)
-                if hasattr(found, "__get__") or _is_data(found):  # the class has said it
+                if hasattr(found, "__get__") or isinstance(found, Enum) or _is_data(found):  # the class has said it
                     continue
             read = partial(getattr, owner, head, None)
             if not self._writes(f"{name}.{head}", read()):
@@ -211,6 +212,8 @@ class Parts:
             machinery = name.startswith("__") and name.endswith("__")
             if not machinery and _is_data(read()) and not self._writes(f"{kind.__name__}.{name}", read()):
                 self._value(name, read)
+        if issubclass(kind, Enum):
+            self._datum(kind.__name__, partial(_members, kind))
         for base in kind.__bases__:
             self._class(base)
 
@@ -240,6 +243,10 @@ def _part(kind: type, name: str) -> Any:
     if isinstance(part, property):
         return part.fget
     return part.func if isinstance(part, cached_property) else part
+
+
+def _members(kind: type[Enum]) -> dict[str, Any]:
+    return {name: member.value for name, member in kind.__members__.items()}
 
 
 def _held(read: Read) -> list[Any]:
