@@ -256,6 +256,51 @@ def test_indexes(index: pd.Index) -> None:
     assert getattr(back, "freq", None) == getattr(index, "freq", None)
 
 
+OFFSETS = pd.offsets
+
+
+@pytest.mark.parametrize(
+    "freq",
+    ["36h", "5ns", "2B", "W-WED", "QS-FEB", "SME-12", OFFSETS.WeekOfMonth(week=2, weekday=4),
+     OFFSETS.CustomBusinessDay(), OFFSETS.BusinessHour(), OFFSETS.FY5253(weekday=1, startingMonth=1, variation="nearest")],
+)  # fmt: skip
+def test_frequencies(freq: Any) -> None:
+    index = pd.date_range("2020-01-06", periods=6, freq=freq)
+    assert again(index).freq == index.freq
+    pd.testing.assert_index_equal(again(index), index, exact=True)
+
+
+@pytest.mark.parametrize(
+    "freq",
+    [OFFSETS.DateOffset(months=1), OFFSETS.BusinessHour(start="10:00", end="12:00"), OFFSETS.Easter(),
+     OFFSETS.BDay(offset=pd.Timedelta("2h")), OFFSETS.CustomBusinessDay(weekmask="Mon Tue"),
+     OFFSETS.CustomBusinessDay(holidays=["2030-01-01"]), OFFSETS.MonthEnd(normalize=True)],
+)  # fmt: skip
+def test_frequencies_that_would_not_come_back_are_refused(freq: Any) -> None:
+    index: Any = pd.date_range("2020-01-06", periods=4, freq=freq)
+    for thing in (index, pd.DataFrame({"a": range(len(index))}, index=index)):
+        with pytest.raises(TypeError, match=r"frequency .* cannot be kept"):
+            pack(thing)
+    assert index.freq == freq
+    index.freq = None
+    pd.testing.assert_index_equal(again(index), index)
+
+
+@pytest.mark.parametrize(
+    "series",
+    [pd.Series(FRAME[name].array) for name in FRAME if name != "lists"],
+    ids=[name for name in FRAME if name != "lists"],
+)
+def test_what_comes_back_of_pandas_can_be_changed(series: Any) -> None:
+    packed = b"".join(pack([series, series.to_frame("c"), series.array]))
+    one, frame, array = unpack(packed)
+    one.iloc[0] = one.iloc[2]
+    frame.iloc[0, 0] = frame.iloc[2, 0]
+    array[0] = array[2]
+    assert one.iloc[0] == one.iloc[2]
+    pd.testing.assert_series_equal(unpack(packed)[0], series)
+
+
 @pytest.mark.parametrize(
     "scalar",
     [
