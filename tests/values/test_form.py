@@ -262,7 +262,8 @@ OFFSETS = pd.offsets
 @pytest.mark.parametrize(
     "freq",
     ["36h", "5ns", "2B", "W-WED", "QS-FEB", "SME-12", OFFSETS.WeekOfMonth(week=2, weekday=4),
-     OFFSETS.CustomBusinessDay(), OFFSETS.BusinessHour(), OFFSETS.FY5253(weekday=1, startingMonth=1, variation="nearest")],
+     OFFSETS.CustomBusinessDay(), OFFSETS.BusinessHour(),
+     OFFSETS.FY5253(weekday=1, startingMonth=1, variation="nearest")],
 )  # fmt: skip
 def test_frequencies(freq: Any) -> None:
     index = pd.date_range("2020-01-06", periods=6, freq=freq)
@@ -340,6 +341,21 @@ class Named(dict):  # type: ignore[type-arg]
 def test_objects_are_refused_by_name(thing: Any) -> None:
     with pytest.raises(TypeError, match="cannot be kept"):
         pack(thing)
+
+
+@pytest.mark.parametrize(
+    ("thing", "hint"),
+    [
+        (np.array(["a", None], np.dtypes.StringDType(na_object=None)), r"na_object=None.*use StringDType\(\) itself"),
+        (np.array(["a"], np.dtypes.StringDType(coerce=False)), r"coerce=False.*use StringDType\(\) itself"),
+        (np.rec.array([(1, 2.0)], dtype=[("a", "i4"), ("b", "f8")]), r"recarray cannot be kept.*numpy.asarray\(\)"),
+    ],
+)
+def test_a_refused_array_says_what_can_be_kept_of_it(thing: Any, hint: str) -> None:
+    with pytest.raises(TypeError, match=hint):
+        pack(thing)
+    if "asarray" in hint:
+        assert np.array_equal(again(np.asarray(thing)), thing)
 
 
 def test_what_contains_itself_is_refused() -> None:

@@ -486,8 +486,9 @@ def test_promises_are_refused(cache: KVCache) -> None:
 
 
 def test_wrong_options_are_refused_where_they_are_given(cache: KVCache) -> None:
-    for options in ({"tags": "eu"}, {"tags": [7]}, {"ttl": "1h"}, {"ttl": -1}, {"stale": -1}):
-        with pytest.raises((TypeError, ValueError), match=r"tag|ttl"):
+    for options in ({"tags": "eu"}, {"tags": [7]}, {"ttl": "1h"}, {"ttl": -1}, {"stale": -1}, {"wait": None},
+                    {"wait": "5"}, {"wait": -1}, {"wait": float("inf")}, {"ttl": True}, {"tags": [["a"]]}):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=r"tag|ttl|wait"):
             cache.memoize(**options)(helper)  # type: ignore[call-overload]
 
 

@@ -314,6 +314,8 @@ def dtype_node(dtype: np.dtype[Any]) -> Node:
         same = dtype_of(node) == dtype
     except _REFUSALS:
         same = False
+    if not same and dtype.kind == "T":
+        raise TypeError(f"an array of {dtype!r} cannot be kept: use StringDType() itself, or a list of texts")
     if not same:
         raise TypeError(f"an array of {dtype} cannot be kept: use a view of its bits, or a type of NumPy's own")
     return node
@@ -372,8 +374,9 @@ def _plain_dtype(text: str) -> np.dtype[Any]:
 def refusal(value: Any) -> TypeError:
     """What to say of a value that cannot be kept."""
     kind = type(value)
+    hint = " Keep numpy.asarray() of it, or its parts." if isinstance(value, np.ndarray) else ""
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     return TypeError(
         f"{name} cannot be kept as a value. What can: None, bool, int, float, complex, str, bytes, NumPy arrays and "
-        "scalars, pandas frames, series and indexes, and lists, tuples, sets and dicts of these"
+        f"scalars, pandas frames, series and indexes, and lists, tuples, sets and dicts of these.{hint}"
     )
