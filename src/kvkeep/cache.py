@@ -355,7 +355,8 @@ class KVCache(ValueFace):
         return self.store.writer.flush(timeout)
 
     def close(self) -> None:
-        """Flush and close. All caches bound from this one are closed with it."""
+        """Flush and close. All caches bound from this one are closed with it. From then on all is a miss, and nothing
+        is kept."""
         self.store.close()
         if self._trace is not None:
             self._trace.close()

@@ -358,6 +358,10 @@ class TieredStore:
                 tier.pin([key])
                 self.writer.enqueue(Write(key, layout, layout.block_nbytes, tier, first, access), after)
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def close(self, timeout: float | None = 60.0) -> None:
         """Write the queue, stop the thread, close the stores."""
         if self._closed:

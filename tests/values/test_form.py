@@ -32,7 +32,8 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return same(list(a.items()), list(b.items()))
     if isinstance(a, (np.ndarray, np.generic)):
-        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+        equal = a.tobytes() == b.tobytes() or (a.dtype.char in "gG" and np.array_equal(a, b, equal_nan=True))  # padded
+        return a.dtype == b.dtype and a.shape == b.shape and equal
     if isinstance(a, complex):
         return same([a.real, a.imag], [b.real, b.imag])
     if isinstance(a, float):
@@ -116,6 +117,57 @@ def test_arrays_of_every_kind(array: np.ndarray) -> None:
     assert np.array_equal(back, array) or back.tobytes() == array.tobytes()
     assert back.flags.writeable
     assert back.flags.aligned
+
+
+PEOPLE = np.array([(b"Ann", b"PASSWD", 1), (b"Bob", b"SECRET", 2)], [("name", "S4"), ("secret", "S6"), ("age", "i4")])
+PADDED: Any = np.dtype([("a", "i1"), ("b", "f8"), ("c", [("d", "i1"), ("e", "i4", 2)], (2,))], align=True)
+INNER: Any = np.dtype([("x", "i1"), ("n", np.dtype([("d", "i1"), ("e", "i4")], align=True), (2, 2))])
+
+
+def dirty(dtype: Any, filled: int, step: int = 1) -> np.ndarray:
+    """Zeros, in memory where everything that is no part of them is ``filled``."""
+    array = np.full(6 * dtype.itemsize, filled, np.uint8).view(dtype)
+    clean(array, dtype)
+    return array[::step]
+
+
+def clean(array: np.ndarray, dtype: Any) -> None:
+    if dtype.names is None:
+        array[...] = 0
+    for name in dtype.names or ():
+        clean(array[name], dtype[name].base)
+
+
+@pytest.mark.parametrize("step", [1, 2, -1])
+@pytest.mark.parametrize("dtype", [PADDED, INNER, np.dtype("g"), np.dtype("G"), np.dtype([("a", ">g"), ("b", "i2")])])
+def test_what_lies_between_fields_is_no_part_of_a_value(dtype: Any, step: int) -> None:
+    one, other = dirty(dtype, 0x53, step), dirty(dtype, 0x54, step)
+    packed = b"".join(pack(one)[1:])
+    assert packed == b"".join(pack(other)[1:])
+    assert not packed.strip(b"\0")
+    assert np.array_equal(again(one), one)
+    assert pack([one[0]]) == pack([other[0]])
+    assert step != 1 or one.view(np.uint8).any(), "the caller's own is left alone"
+
+
+def test_fields_that_a_view_leaves_out_are_not_stored() -> None:
+    view = PEOPLE[["name", "age"]]
+    packed = b"".join(pack(view))
+    assert b"PASSWD" not in packed
+    assert np.array_equal(unpack(packed), view)
+    changed = PEOPLE.copy()
+    changed["secret"] = b"OTHER!"
+    assert b"".join(pack(changed[["name", "age"]])) == packed
+    assert b"PASSWD" in b"".join(pack(PEOPLE))
+    assert b"PASSWD".hex().encode() not in b"".join(pack(view[0]))
+
+
+@pytest.mark.parametrize("dtype", [np.dtype([]), np.dtype({"names": [], "formats": [], "itemsize": 4}), PADDED])
+def test_structures_of_no_fields_or_elements(dtype: Any) -> None:
+    for shape in ((0,), (2,), (), (2, 0)):
+        back = again(np.zeros(shape, dtype))
+        assert back.dtype == dtype
+        assert back.shape == shape
 
 
 @pytest.mark.parametrize(
@@ -204,6 +256,52 @@ def test_indexes(index: pd.Index) -> None:
     assert getattr(back, "freq", None) == getattr(index, "freq", None)
 
 
+OFFSETS = pd.offsets
+
+
+@pytest.mark.parametrize(
+    "freq",
+    ["36h", "5ns", "2B", "W-WED", "QS-FEB", "SME-12", OFFSETS.WeekOfMonth(week=2, weekday=4),
+     OFFSETS.CustomBusinessDay(), OFFSETS.BusinessHour(),
+     OFFSETS.FY5253(weekday=1, startingMonth=1, variation="nearest")],
+)  # fmt: skip
+def test_frequencies(freq: Any) -> None:
+    index = pd.date_range("2020-01-06", periods=6, freq=freq)
+    assert again(index).freq == index.freq
+    pd.testing.assert_index_equal(again(index), index, exact=True)
+
+
+@pytest.mark.parametrize(
+    "freq",
+    [OFFSETS.DateOffset(months=1), OFFSETS.BusinessHour(start="10:00", end="12:00"), OFFSETS.Easter(),
+     OFFSETS.BDay(offset=pd.Timedelta("2h")), OFFSETS.CustomBusinessDay(weekmask="Mon Tue"),
+     OFFSETS.CustomBusinessDay(holidays=["2030-01-01"]), OFFSETS.MonthEnd(normalize=True)],
+)  # fmt: skip
+def test_frequencies_that_would_not_come_back_are_refused(freq: Any) -> None:
+    index: Any = pd.date_range("2020-01-06", periods=4, freq=freq)
+    for thing in (index, pd.DataFrame({"a": range(len(index))}, index=index)):
+        with pytest.raises(TypeError, match=r"frequency .* cannot be kept"):
+            pack(thing)
+    assert index.freq == freq
+    index.freq = None
+    pd.testing.assert_index_equal(again(index), index)
+
+
+@pytest.mark.parametrize(
+    "series",
+    [pd.Series(FRAME[name].array) for name in FRAME if name != "lists"],
+    ids=[name for name in FRAME if name != "lists"],
+)
+def test_what_comes_back_of_pandas_can_be_changed(series: Any) -> None:
+    packed = b"".join(pack([series, series.to_frame("c"), series.array]))
+    one, frame, array = unpack(packed)
+    one.iloc[0] = one.iloc[2]
+    frame.iloc[0, 0] = frame.iloc[2, 0]
+    array[0] = array[2]
+    assert one.iloc[0] == one.iloc[2]
+    pd.testing.assert_series_equal(unpack(packed)[0], series)
+
+
 @pytest.mark.parametrize(
     "scalar",
     [
@@ -243,6 +341,21 @@ class Named(dict):  # type: ignore[type-arg]
 def test_objects_are_refused_by_name(thing: Any) -> None:
     with pytest.raises(TypeError, match="cannot be kept"):
         pack(thing)
+
+
+@pytest.mark.parametrize(
+    ("thing", "hint"),
+    [
+        (np.array(["a", None], np.dtypes.StringDType(na_object=None)), r"na_object=None.*use StringDType\(\) itself"),
+        (np.array(["a"], np.dtypes.StringDType(coerce=False)), r"coerce=False.*use StringDType\(\) itself"),
+        (np.rec.array([(1, 2.0)], dtype=[("a", "i4"), ("b", "f8")]), r"recarray cannot be kept.*numpy.asarray\(\)"),
+    ],
+)
+def test_a_refused_array_says_what_can_be_kept_of_it(thing: Any, hint: str) -> None:
+    with pytest.raises(TypeError, match=hint):
+        pack(thing)
+    if "asarray" in hint:
+        assert np.array_equal(again(np.asarray(thing)), thing)
 
 
 def test_what_contains_itself_is_refused() -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
+import operator
 import re
 import subprocess
 import sys
 import textwrap
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,47 @@ def helper(x: Any) -> Any:
 
 
 class Model:
+    def __init__(self) -> None:
+        self.device = object()
+
     def __call__(self, x: Any) -> Any:
         return x
 
 
 MODEL = Model()
+
+
+class Scale:
+    def __init__(self, factor: Any) -> None:
+        self.factor = factor
+
+    def __call__(self, x: Any) -> Any:
+        return x * self.factor
+
+
+class Method:
+    """A decorator that is a class, and can be a method."""
+
+    def __init__(self, function: Any, factor: int) -> None:
+        functools.update_wrapper(self, function)
+        self.function = function
+        self.factor = factor
+
+    def __call__(self, x: Any) -> Any:
+        return self.function(x) * self.factor
+
+
+def times(factor: int) -> Any:
+    return lambda function: functools.wraps(function)(lambda x: function(x) * factor)
+
+
+class Decorated:
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+    @times(1)
+    def method(self, x: Any) -> Any:
+        return x * self.factor
 
 
 @pytest.fixture
@@ -246,6 +284,148 @@ def test_what_cannot_be_told_apart_needs_a_version(cache: KVCache) -> None:
         cache.memoize(MODEL.__call__)(1)
 
 
+FACTORS = np.array([1.0, 2, 3])
+STATES = {
+    "an object": (lambda: Scale(2), lambda: Scale(3), 10),
+    "an array in an object": (lambda: Scale(np.ones(2)), lambda: Scale(np.zeros(2)), 10),
+    "get of a dict": (lambda: {"a": 1}.get, lambda: {"a": 2}.get, "a"),
+    "split of a text": (lambda: "a-b".split, lambda: "c-d".split, "-"),
+    "index of a list": (lambda: [5, 6].index, lambda: [6, 5].index, 6),
+    "dot of an array": (lambda: FACTORS.dot, lambda: (FACTORS * 2).dot, FACTORS),
+    "a class method": (lambda: bytes.fromhex, lambda: bytearray.fromhex, "61"),
+    "itemgetter": (lambda: operator.itemgetter(0), lambda: operator.itemgetter(1), (7, 8)),
+    "attrgetter": (lambda: operator.attrgetter("real"), lambda: operator.attrgetter("imag"), 1 + 2j),
+    "methodcaller": (lambda: operator.methodcaller("upper"), lambda: operator.methodcaller("lower"), "aB"),
+    "vectorize": (lambda: np.vectorize(lambda x: x + 1), lambda: np.vectorize(lambda x: x + 2), FACTORS),
+    "poly1d": (lambda: np.poly1d([1, 2]), lambda: np.poly1d([5, 2]), 3),
+    "Polynomial": (lambda: np.polynomial.Polynomial([1, 2]), lambda: np.polynomial.Polynomial([5, 2]), 3),
+    "a method of str": (lambda: str.upper, lambda: str.lower, "aB"),
+    "a closure of somebody else's": (lambda: theirs().scale(2), lambda: theirs().scale(3), 10),
+}  # fmt: skip
+
+
+def theirs() -> Any:
+    """A module with a version."""
+    if "kvkeep_theirs" not in sys.modules:
+        module = types.ModuleType("kvkeep_theirs")
+        exec("__version__ = '1'\ndef scale(k):\n    def scaled(x): return x * k\n    return scaled", module.__dict__)
+        sys.modules["kvkeep_theirs"] = module
+    return sys.modules["kvkeep_theirs"]
+
+
+@pytest.mark.parametrize("what", STATES)
+def test_what_a_callable_holds_is_part_of_it(cache: KVCache, what: str) -> None:
+    one, other, x = STATES[what]
+    shown = [cache.memoize(function)(x) for function in (one(), other(), one(), other())]
+    expected = [function(x) for function in (one(), other())] * 2
+    assert list(map(repr, shown)) == list(map(repr, expected))
+    assert cache.counters.count("value_set") == 2, "equal ones share their results"
+
+    function = made("def f(x): return G(x)", G=one())
+    memoized = cache.memoize(function)
+    assert repr(memoized(x)) == repr(expected[0])
+    function.__globals__["G"] = other()
+    assert repr(memoized(x)) == repr(expected[1]), "also as a global"
+
+
+def test_what_a_callable_holds_is_read_at_each_call(cache: KVCache) -> None:
+    scale, rates = Scale(2), {"EUR": 1}
+    scaled, rate = cache.memoize(scale), cache.memoize(rates.get)
+    assert (scaled(10), rate("EUR")) == (20, 1)
+    scale.factor = 3
+    rates["EUR"] = 2
+    assert (scaled(10), rate("EUR")) == (30, 2)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [np.frompyfunc(lambda x: x + 1, 1, 1), np.random.default_rng(0).random, np.random.rand, MODEL, Scale(object()),
+     Method(helper, 2), functools.lru_cache(Scale(2).__call__), Decorated(2).method],
+)  # fmt: skip
+def test_callables_whose_state_nobody_can_see_are_refused(cache: KVCache, function: Any) -> None:
+    with pytest.raises(TypeError, match=r"memoize\(version=|belongs to an object"):
+        cache.memoize(function)(1)
+    with pytest.raises(TypeError, match=r"'G\S*' stands for.*memoize\(version=|'wrapped' stands"):
+        cache.memoize(made("def f(x): return G(x)", G=function))(1)
+    assert cache.memoize(version="1")(made("def f(x): return G and x", G=function))(1) == 1
+
+
+def test_a_ufunc_is_told_apart_by_the_module_that_has_it(cache: KVCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of SciPy do not know their module."""
+    ufunc: Any = np.frompyfunc(math.sqrt, 1, 1)
+    with pytest.raises(TypeError, match="version"):
+        cache.memoize(ufunc)(4.0)
+    monkeypatch.setattr(theirs(), ufunc.__name__, ufunc, raising=False)
+    assert cache.memoize(ufunc)(4.0) == 2.0
+
+
+def test_which_of_two_helpers_is_used_where(cache: KVCache) -> None:
+    one, two = made("def h(x): return x + 1", "h"), made("def h(x): return x + 10", "h")
+    source = "def f(x): return A(x) + B(x) + C(x)"
+    assert cache.memoize(made(source, A=one, B=two, C=one))(0) == 12
+    assert cache.memoize(made(source, A=one, B=two, C=two))(0) == 21
+
+
+CONSTANTS = {
+    "its own": ("class C:\n    S = 2\n", "x * C.S"),
+    "of a base": ("class B:\n    S = 2\nclass C(B): ...\n", "x * C.S"),
+    "through an object": ("class C:\n    S = 2\n    def m(self, x): return x * self.S\n", "C().m(x)"),
+    "in a class method": ("class C:\n    S = 2\n    @classmethod\n    def m(cls, x): return x * cls.S\n", "C.m(x)"),
+}
+
+
+@pytest.mark.parametrize("what", CONSTANTS)
+def test_data_of_a_class(cache: KVCache, what: str) -> None:
+    classes, result = CONSTANTS[what]
+    functions = [made(f"{classes}def f(x): return {result}".replace("S = 2", f"S = {scale}")) for scale in (2, 3)]
+    assert [cache.memoize(function)(1) for function in functions] == [2, 3]
+    memoized = cache.memoize(functions[0])
+    functions[0].__globals__["C"].S = 5
+    assert memoized(1) == 5
+    assert memoized(1) == 5
+    assert cache.counters.count("value_set") == 3
+
+
+@pytest.mark.parametrize("result", ["x * C.S.value", "x * next(iter(C)).value"])
+def test_members_of_an_enumeration(cache: KVCache, result: str) -> None:
+    source = f"import enum\nclass C(enum.Enum):\n    S = {{}}\ndef f(x): return {result}"
+    assert [cache.memoize(made(source.format(scale)))(1) for scale in (2, 3)] == [2, 3]
+    with pytest.raises(TypeError, match=r"'C' stands for.*version="):
+        cache.memoize(made(source.format("object()")))(1)
+
+
+def test_a_method_that_is_replaced(cache: KVCache) -> None:
+    function = made("class C:\n    def m(self, x): return x + 1\ndef f(x): return C().m(x)")
+    memoized = cache.memoize(function)
+    assert memoized(1) == 2
+    function.__globals__["C"].m = lambda self, x: x + 2
+    assert memoized(1) == 3
+
+
+def test_what_is_no_data_in_a_class_matters_where_it_is_named(cache: KVCache) -> None:
+    source = "class C:\n    MODEL = {}\n    S = 1\ndef f(x): return x * C.{}"
+    assert cache.memoize(made(source.format("MODEL", "S"), MODEL=MODEL))(2) == 2
+    with pytest.raises(TypeError, match=r"'C\.MODEL.*version="):
+        cache.memoize(made(source.format("MODEL", "MODEL"), MODEL=MODEL))(2)
+
+
+def test_what_the_code_takes_from_a_module_of_ones_own(cache: KVCache) -> None:
+    settings = types.ModuleType("settings")
+    settings.__dict__.update(W=2, inner=types.ModuleType("inner"), helper=lambda x: x + 1, MODEL=MODEL)
+    settings.inner.W = 3
+    function = made("def f(x): return settings.helper(x) * settings.W * settings.inner.W", settings=settings)
+    memoized = cache.memoize(function)
+    assert memoized(1) == 12
+    settings.W = 20
+    assert memoized(1) == 120
+    settings.inner.W = 30
+    assert memoized(1) == 1200
+    settings.helper = lambda x: x + 2
+    assert memoized(1) == 1800
+    with pytest.raises(TypeError, match=r"'settings\.MODEL.*version="):
+        cache.memoize(made("def f(x): return settings.MODEL(x)", settings=settings))(1)
+
+
 COUNTERS = {
     "a global": "def f(x):\n    global N\n    N += 1\n    return x",
     "a list": "def f(x):\n    L.append(x)\n    return x",
@@ -260,6 +440,9 @@ COUNTERS = {
     "a cache": "def f(x):\n    return CACHE.get_value(x, x)",
     "a pattern": "def f(x):\n    return P.sub('', str(x))",
     "a cached function": "def f(x):\n    return OTHER(x)",
+    "an attribute of a class": "class C:\n    n = 0\ndef f(x):\n    C.n += 1\n    return x",
+    "an attribute of a module": "def f(x):\n    M.n += 1\n    M.log.append(x)\n    return x",
+    "a list by its method": "append = L.append\ndef f(x):\n    append(x)\n    return x",
     "a function with a cache of its own": "def f(x):\n    return LRU(x)",
 }
 
@@ -269,7 +452,9 @@ def test_what_a_function_writes_to_is_not_what_it_depends_on(cache: KVCache, kin
     space = {
         "N": 0, "L": [], "D": {"n": 0}, "S": set(), "LOCK": threading.RLock(), "LOG": logging.getLogger("test"),
         "CACHE": cache, "P": re.compile("a"), "OTHER": cache.memoize(helper), "LRU": functools.lru_cache(helper),
+        "M": types.ModuleType("M"),
     }  # fmt: skip
+    space["M"].__dict__.update(n=0, log=[])
     function = cache.memoize(made(COUNTERS[kind], **space))
     key_before = function.key(1)
     result = function(1)
@@ -290,7 +475,10 @@ def test_promises_are_refused(cache: KVCache) -> None:
     def generator() -> Iterator[int]:
         yield 1
 
-    for function in (coroutine, generator):
+    async def generators() -> AsyncIterator[int]:
+        yield 1
+
+    for function in (coroutine, generator, generators):
         with pytest.raises(TypeError, match="promise"):
             cache.memoize(function)
     with pytest.raises(TypeError, match="no function"):
@@ -298,8 +486,9 @@ def test_promises_are_refused(cache: KVCache) -> None:
 
 
 def test_wrong_options_are_refused_where_they_are_given(cache: KVCache) -> None:
-    for options in ({"tags": "eu"}, {"tags": [7]}, {"ttl": "1h"}, {"ttl": -1}, {"stale": -1}):
-        with pytest.raises((TypeError, ValueError), match=r"tag|ttl"):
+    for options in ({"tags": "eu"}, {"tags": [7]}, {"ttl": "1h"}, {"ttl": -1}, {"stale": -1}, {"wait": None},
+                    {"wait": "5"}, {"wait": -1}, {"wait": float("inf")}, {"ttl": True}, {"tags": [["a"]]}):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=r"tag|ttl|wait"):
             cache.memoize(**options)(helper)  # type: ignore[call-overload]
 
 

@@ -115,6 +115,57 @@ def test_what_no_medium_takes_is_refused_before_it_is_asked(cache: KVCache) -> N
     assert cache.get_value("x" * 60_000) == 2
 
 
+def test_what_is_wrong_is_said_in_its_terms(cache: KVCache) -> None:
+    for wait in (None, "5", True, float("nan"), -1):
+        with pytest.raises((TypeError, ValueError), match="wait is a number of seconds"):
+            cache.get_or_compute("a", lambda: 1, wait=wait)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="ttl is a number of seconds, not True"):
+        cache.set_value("a", 1, ttl=True)
+    with pytest.raises(TypeError, match=r"number of Python's.*not numpy.int64"):
+        cache.set_value(np.int64(1), 1)
+    with pytest.raises(TypeError, match="a tag is a text"):
+        cache.invalidate(["a"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a dict of keys and values, not list"):
+        cache.set_values([("a", 1)])  # type: ignore[arg-type]
+    assert cache.get_or_compute("a", lambda: 1, wait=1e300) == 1
+
+
+def test_numbers_of_numpy_are_lives(cache: KVCache) -> None:
+    for ttl in (np.int64(100), np.float32(100), np.float16(100)):
+        assert cache.set_value("a", ARRAY, ttl=ttl)  # type: ignore[arg-type]
+        assert cache.get_value("a") is not None
+    assert cache.get_or_compute("b", lambda: 1, ttl=np.float32(0.2), wait=np.float32(1)) == 1  # type: ignore[arg-type]
+    assert cache.get_value("b") == 1
+    time.sleep(0.25)
+    assert cache.get_value("b") is None
+
+
+def test_a_tag_is_any_text(cache: KVCache) -> None:
+    assert cache.set_value("a", 1, tags=["\ud800", "\ud800"])
+    assert cache.get_value("a") == 1
+    assert cache.invalidate("\ud800")
+    assert cache.get_value("a") is None
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_a_closed_cache_misses_and_keeps_nothing(
+    opened: Callable[..., KVCache], used: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = opened()
+    if used:
+        cache.set_values({"a": 1, "b": ARRAY})
+    cache.close()
+    assert not cache.set_value("c", 1)
+    assert not cache.set_value("d", ARRAY, tags=["t"])
+    assert cache.get_values(["a", "b", "c", "d"], "gone") == ["gone"] * 4
+    assert not cache.delete_value("a")
+    assert not cache.invalidate("t")
+    assert cache.keys_of(1) == []
+    assert [cache.get_or_compute("e", lambda: 3) for _ in range(2)] == [3, 3]
+    assert cache.stats().values.names is None
+    assert not caplog.records
+
+
 def test_a_life_may_be_longer_than_a_medium_counts(cache: KVCache) -> None:
     for ttl in (40 * 86400, 20 * 365 * 86400, 1e300, 10**400):
         assert cache.set_value(("for ever", str(ttl)[:9]), ARRAY, ttl=ttl)
@@ -753,6 +804,14 @@ def test_nobody_queues_for_what_ends_without_a_value(
     if outcome == "fails once" and not each_its_own:
         assert sorted(map(str, results)) == [*["7"] * 5, "failed"]
         assert shared.get_value("a") == 7, "what they made is kept"
+
+
+def test_who_asks_for_what_he_computes_computes_it(opened: Callable[..., KVCache]) -> None:
+    cache = opened()
+    begin = time.monotonic()
+    assert cache.get_or_compute("a", lambda: cache.get_or_compute("a", lambda: 1) + 1) == 2
+    assert cache.get_value("a") == 2
+    assert time.monotonic() - begin < 10
 
 
 def test_nobody_waits_longer_than_they_said(opened: Callable[..., KVCache]) -> None:

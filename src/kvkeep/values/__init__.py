@@ -1,9 +1,10 @@
 """The plain key-value face: any bytes, arrays, frames and scalars under names of the caller's, with TTL and tags.
 
-``form`` (and ``frames``, for pandas) say how a value becomes bytes and back, without pickle; ``index`` is where a name
-says which bytes are its own now, in memory, in a directory (``sqlite``) or on a server (``redis``, ``memcached``);
-``store`` joins them with the tiers; ``functions`` gives a function its name; ``face`` is what a cache shows of all this
-and ``report`` its figures as a frame.
+``form`` (and ``frames``, for pandas) say how a value becomes bytes and back, without pickle, ``padding`` which bytes of
+an array are none of it; ``index`` is where a name says which bytes are its own now, in memory, in a directory
+(``sqlite``) or on a server (``redis``, ``memcached``); ``store`` joins them with the tiers; ``functions`` gives a
+function its name, by its ``parts`` and their ``code``; ``face`` is what a cache shows of all this and ``report`` its
+figures as a frame.
 """
 
 from __future__ import annotations

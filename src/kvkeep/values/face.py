@@ -69,6 +69,8 @@ class ValueFace(ABC):
         self, values: Mapping[Any, Any], *, ttl: float | None = None, tags: Iterable[str] | None = ()
     ) -> int:
         """The same for many, in few round trips; how many are kept."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"values is a dict of keys and values, not {type(values).__qualname__}")
         return self.values.set_many(values.items(), ttl=ttl, tags=tags)
 
     def get_value(self, key: Any, default: Any = None) -> Any:
@@ -112,7 +114,7 @@ class ValueFace(ABC):
         """
         from kvkeep.values.store import check_life, checked_tags
 
-        check_life(ttl, stale)
+        check_life(ttl, stale, wait)
         values, tags = self.values, checked_tags(tags)
         made: T = values.get_or_compute(values.packed(key), compute, ttl=ttl, stale=stale, tags=tags, wait=wait)
         return made
@@ -157,7 +159,7 @@ class ValueFace(ABC):
         from kvkeep.values.functions import Identity
         from kvkeep.values.store import check_life, checked_tags
 
-        check_life(ttl, stale)
+        check_life(ttl, stale, wait)
         tags = checked_tags(tags)
         identity = Identity(function, version=version, trusted=trusted)
 

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from kvkeep.buffers import Buffer, as_bytes
 from kvkeep.errors import CodecError
+from kvkeep.values.padding import solid
 
 MAGIC = b"kvv1"
 ALIGN = 64
@@ -178,7 +179,7 @@ class Writer:
         order = list(range(array.ndim))
         if not array.flags.c_contiguous:
             order.sort(key=lambda axis: -abs(array.strides[axis]))
-        flat = np.ascontiguousarray(array.transpose(order)).reshape(-1)
+        flat = solid(np.ascontiguousarray(array.transpose(order)).reshape(-1))
         data = flat.view(np.uint8).data if flat.nbytes else b""
         node = self._buffer("a", data)
         node += [dtype, list(array.shape)]
@@ -189,7 +190,7 @@ class Writer:
             return ["ns", str(scalar)]
         if isinstance(scalar, np.bytes_):
             return ["nb", scalar.hex()]
-        return ["n", dtype_node(scalar.dtype), scalar.tobytes().hex()]
+        return ["n", dtype_node(scalar.dtype), solid(np.array([scalar], scalar.dtype)).tobytes().hex()]
 
 
 _WRITERS: dict[type, Callable[[Writer, Any], Node]] = {
@@ -313,6 +314,8 @@ def dtype_node(dtype: np.dtype[Any]) -> Node:
         same = dtype_of(node) == dtype
     except _REFUSALS:
         same = False
+    if not same and dtype.kind == "T":
+        raise TypeError(f"an array of {dtype!r} cannot be kept: use StringDType() itself, or a list of texts")
     if not same:
         raise TypeError(f"an array of {dtype} cannot be kept: use a view of its bits, or a type of NumPy's own")
     return node
@@ -371,8 +374,9 @@ def _plain_dtype(text: str) -> np.dtype[Any]:
 def refusal(value: Any) -> TypeError:
     """What to say of a value that cannot be kept."""
     kind = type(value)
+    hint = " Keep numpy.asarray() of it, or its parts." if isinstance(value, np.ndarray) else ""
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     return TypeError(
         f"{name} cannot be kept as a value. What can: None, bool, int, float, complex, str, bytes, NumPy arrays and "
-        "scalars, pandas frames, series and indexes, and lists, tuples, sets and dicts of these"
+        f"scalars, pandas frames, series and indexes, and lists, tuples, sets and dicts of these.{hint}"
     )

@@ -16,6 +16,9 @@ import pandas as pd
 
 from kvkeep.values.form import FormError, Node, Reader, Writer, refusal
 
+FIXED = (pd.offsets.Tick, pd.offsets.Day)
+"""Frequencies whose text says all of them."""
+
 
 def node(writer: Writer, value: Any) -> Node:
     """Raises ``TypeError`` on what is neither pandas' nor representable."""
@@ -99,10 +102,10 @@ def _values(reader: Reader, column: list[Node]) -> Any:
             dtype: Any = pd.StringDtype(rest[0], na_value=pd.NA if rest[1] == "NA" else np.nan)
             return pd.array([reader.value(element) for element in rest[2:]], dtype=dtype)
         case "zoned":
-            return pd.DatetimeIndex(reader.value(rest[0])).tz_localize("UTC").tz_convert(_zone_of(rest[1])).array
+            return pd.DatetimeIndex(reader.value(rest[0])).tz_localize("UTC").tz_convert(_zone_of(rest[1])).array.copy()
         case "period":
             periods: Any = pd.PeriodIndex
-            return periods.from_ordinals(reader.value(rest[0]), freq=rest[1]).array
+            return periods.from_ordinals(reader.value(rest[0]), freq=rest[1]).array.copy()
         case "interval":
             left, right = reader.value(rest[0]), reader.value(rest[1])
             return pd.arrays.IntervalArray.from_arrays(left, right, closed=rest[2])
@@ -123,8 +126,26 @@ def _index(writer: Writer, index: pd.Index[Any]) -> Node:
         names = [writer.node(name) for name in index.names]
         levels = [_index(writer, level.rename(None)) for level in index.levels]
         return ["pd.multi", names, levels, [writer.node(np.asarray(codes)) for codes in index.codes]]
-    freq = getattr(index, "freqstr", None) if isinstance(index, (pd.DatetimeIndex, pd.TimedeltaIndex)) else None
-    return ["pd.index", _column(writer, pd.Series(index)), writer.node(index.name), freq]
+    return ["pd.index", _column(writer, pd.Series(index)), writer.node(index.name), _freq(index)]
+
+
+def _freq(index: pd.Index[Any]) -> str | None:
+    """As a text. Raises ``TypeError`` on a frequency that such a text does not bring back."""
+    if not isinstance(index, (pd.DatetimeIndex, pd.TimedeltaIndex)) or index.freq is None:
+        return None
+    text = str(index.freq.freqstr)
+    if isinstance(index.freq, FIXED):
+        return text
+    kind: Any = type(index)
+    again = kind(index.array.copy(), freq=None)
+    try:
+        again.freq = text
+        same = again.freq == index.freq
+    except ValueError:
+        same = False
+    if not same:
+        raise TypeError(f"an index of frequency {index.freq!r} cannot be kept: drop it first, with index.freq = None")
+    return text
 
 
 def _range(reader: Reader, start: int, stop: int, step: int, name: Node) -> pd.RangeIndex:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import numbers
 import secrets
 import threading
 import time
@@ -72,6 +73,7 @@ class _Call:
     """What one thread computes while others of the process wait."""
 
     def __init__(self) -> None:
+        self.thread = threading.get_ident()
         self.done = threading.Event()
         self.followers = 0
         self.made: bytes | None = None  # None also if it failed, or cannot be handed on
@@ -131,10 +133,10 @@ class Values:
         self, packed: Sequence[tuple[bytes, list[Buffer]]], *, ttl: float | None, stale: float, tags: Tags | None
     ) -> int:
         """The same, packed; with ``tags`` as they were when the computing began (None: they are not known)."""
-        if tags is None or not self._breakers.written:
+        if tags is None or self._tiers.closed or not self._breakers.written:
             return 0
-        stale = 0.0 if ttl is None else min(stale, LONGEST_LIFE_SECONDS)
-        life = None if ttl is None else min(ttl, LONGEST_LIFE_SECONDS) + stale
+        stale = 0.0 if ttl is None else _bounded(stale)
+        life = None if ttl is None else _bounded(ttl) + stale
         items = []
         for key, parts in packed:
             nbytes = nbytes_of(parts)
@@ -225,6 +227,8 @@ class Values:
     ) -> Any:
         """The value of a packed ``key``, computed by one of all who ask for it now. ``ttl``, ``stale`` and ``tags``
         have been checked."""
+        if self._tiers.closed:
+            return compute()
         name = self.name(key)
         ((value, fresh),) = self.look_up([name], stale=stale > 0)
         if value is not MISSING and fresh:
@@ -247,11 +251,13 @@ class Values:
             return made, parts
 
         if leads:
-            return self._lead(call, name, make, value, wait)
+            return self._lead(call, name, make, value, _bounded(wait))
         if value is not MISSING:
             return value
+        if call.thread == threading.get_ident():  # asked by what it computes
+            return compute()
         self._observer.event("value_wait")
-        call.done.wait(wait)
+        call.done.wait(_bounded(wait))
         # Where the one that led has nothing to give, all compute at the same time, not one after the other.
         return make()[0] if call.made is None else unpack(call.made)
 
@@ -318,7 +324,7 @@ class Values:
         return mac.digest()
 
     def _tag(self, tag: str) -> bytes:
-        return derive(self._namespace, b"kvkeep value tag 1", (tag.encode(),))
+        return derive(self._namespace, b"kvkeep value tag 1", (tag.encode("utf-8", "surrogatepass"),))
 
     def stats(self, counters: Counters) -> ValueStats:
         usage = self._asked(self.index.usage, "a lookup")
@@ -511,8 +517,8 @@ class Values:
         return [item for item, one in zip(items, found, strict=False) if one is not None and one.body == item.body]
 
     def _asked(self, question: Callable[[], T], operation: str) -> T | None:
-        """The index's answer, or None while it is out of order."""
-        if not self._breakers.medium.closed:
+        """The index's answer, or None while it is out of order, or once this is closed."""
+        if self._tiers.closed or not self._breakers.medium.closed:
             return None
         try:
             return question()
@@ -536,12 +542,20 @@ def pack_key(key: Any) -> bytes:
     return packed
 
 
-def check_life(ttl: float | None, stale: float) -> None:
-    for seconds in (0.0 if ttl is None else ttl, stale):
-        if not isinstance(seconds, (int, float)):
-            raise TypeError(f"ttl and stale are numbers of seconds, not {seconds!r}")
+def check_life(ttl: float | None, stale: float, wait: float = 0.0) -> None:
+    """Raises ``TypeError`` and ``ValueError``."""
+    for name, seconds in (("ttl", 0.0 if ttl is None else ttl), ("stale", stale), ("wait", wait)):
+        if isinstance(seconds, bool) or not isinstance(seconds, numbers.Real):
+            raise TypeError(f"{name} is a number of seconds, not {seconds!r}")
     if (ttl is not None and not 0 < ttl < float("inf")) or not 0 <= stale < float("inf"):
         raise ValueError(f"ttl is a number of seconds above 0, or None; stale at least 0: not {ttl} and {stale}")
+    if not 0 <= wait < float("inf"):
+        raise ValueError(f"wait is a number of seconds, at least 0: not {wait}")
+
+
+def _bounded(seconds: float) -> float:
+    """As media and clocks take them: NumPy's numbers may be less exact, and Python's integers longer."""
+    return float(min(seconds if isinstance(seconds, int) else float(seconds), LONGEST_LIFE_SECONDS))
 
 
 def checked_tags(tags: Iterable[str] | None) -> list[str]:
@@ -550,9 +564,10 @@ def checked_tags(tags: Iterable[str] | None) -> list[str]:
         return []
     if isinstance(tags, (str, bytes)) or not isinstance(tags, Iterable):
         raise TypeError(f"tags is a list of texts, not {tags!r}")
-    found = list(dict.fromkeys(tags))
-    if not all(isinstance(tag, str) for tag in found):
-        raise TypeError(f"a tag is a text: not {found!r}")
+    given = list(tags)
+    if not all(isinstance(tag, str) for tag in given):
+        raise TypeError(f"a tag is a text: not {given!r}")
+    found = list(dict.fromkeys(given))
     if len(found) > MAX_TAGS:
         raise ValueError(f"{len(found)} tags: a value has at most {MAX_TAGS}")
     return found
@@ -563,7 +578,8 @@ def _check_key(key: Any) -> None:
         for part in key:
             _check_key(part)
     elif type(key) not in (str, bytes, int, float, bool, type(None)):
-        raise TypeError(f"a key is a text, bytes, a number or a tuple of these, not {type(key).__qualname__}")
+        given = f"{type(key).__module__}.{type(key).__qualname__}".removeprefix("builtins.")
+        raise TypeError(f"a key is a text, bytes, a number of Python's, or a tuple of these, not {given}")
 
 
 class ValueLayout(KVLayout):
