@@ -41,7 +41,7 @@ class ModelIdentity:
     def digest(self) -> bytes:
         """32 bytes that stand for this identity; without the namespace's secret nobody can compute them."""
         fields = (self.weights, self.kv_dtype, self.rope, self.numerics, *self.adapters)
-        return derive(self.namespace, b"kvkeep identity 1", (text.encode() for text in fields))
+        return derive(key_of(self.namespace), b"kvkeep identity 1", (text.encode() for text in fields))
 
     @property
     def tenant(self) -> bytes:
@@ -51,15 +51,21 @@ class ModelIdentity:
 
 def tenant_of(namespace: bytes) -> bytes:
     """What marks the blocks of ``namespace``: see :attr:`ModelIdentity.tenant`."""
-    return derive(namespace, b"kvkeep tenant 1", ())[:16] if namespace else b""
+    return derive(key_of(namespace), b"kvkeep tenant 1", ())[:16] if namespace else b""
 
 
-def derive(secret: bytes, purpose: bytes, parts: Iterable[bytes]) -> bytes:
-    """HMAC-SHA-256 of length-prefixed ``parts`` under ``secret``, separated by ``purpose``.
+def key_of(namespace: bytes) -> bytes:
+    """What a tenant's secret is as a key of :func:`derive`: 32 bytes, or none without a namespace. HMAC fills short keys
+    up with zeros and hashes long ones, so that some secrets would be one tenant."""
+    return hashlib.sha256(namespace).digest() if namespace else b""
+
+
+def derive(key: bytes, purpose: bytes, parts: Iterable[bytes]) -> bytes:
+    """HMAC-SHA-256 of length-prefixed ``parts`` under ``key``, 32 bytes or none, separated by ``purpose``.
 
     Lengths are part of the message, so ("ab", "c") and ("a", "bc") differ.
     """
-    mac = hmac.new(secret, digestmod=hashlib.sha256)
+    mac = hmac.new(key, digestmod=hashlib.sha256)
     for part in (purpose, *parts):
         mac.update(len(part).to_bytes(8, "little"))
         mac.update(part)
