@@ -22,6 +22,7 @@ CHANGES: dict[str, list[Any]] = {
     "rope": ["theta=10000", "theta=1000000"],
     "numerics": ["sliding_window=4096", "theta=10000"],
     # HMAC alone takes the first two for one key, and the last two.
+    "lossy": [("uqz",), ("int8", "uqz"), ("int8uqz",), ("aa",)],
     "namespace": [b"tenant a", b"tenant a\0", b"\0", b"L" * 65, hashlib.sha256(b"L" * 65).digest()],
 }
 
