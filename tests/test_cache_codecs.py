@@ -177,7 +177,7 @@ def test_what_is_decoded_is_never_encoded_again(lossy: str, memory: str, disk: s
 def test_promoted_blocks_keep_their_codec(tmp_path: Path, lossy: str) -> None:
     with kvkeep.open(tmp_path, memory="1MiB", disk="8MiB", codec={"disk": lossy}) as cache:
         cache.bind(LAYOUT).save(TOKENS, Blocks())
-    with kvkeep.open(tmp_path, memory="1MiB", disk="8MiB", codec={"disk": "raw"}) as cache:
+    with kvkeep.open(tmp_path, memory="1MiB", disk="8MiB", codec={"disk": lossy}) as cache:
         bound = cache.bind(LAYOUT)
         for _ in range(2):  # from disk, then from memory
             got = Kept()
@@ -186,6 +186,31 @@ def test_promoted_blocks_keep_their_codec(tmp_path: Path, lossy: str) -> None:
             assert got.blocks == once(lossy)
             assert cache.flush(10)
         assert bound.save(TOKENS, Blocks()) == 0  # there already, as it is: not stored anew
+
+
+@pytest.mark.parametrize("lossy", LOSSY)
+@pytest.mark.parametrize("other", [None, "raw", "X and int8", "int4 or uqz"])
+def test_lossy_blocks_are_for_those_who_asked_for_them(tmp_path: Path, lossy: str, other: str | None) -> None:
+    """A cache with other codecs does not find them, and puts nothing in their place."""
+    codec: dict[str, str] | str | None = other
+    if other == "X and int8":
+        codec = {"disk": lossy, "memory": "int8"} if lossy != "int8" else {"disk": "int8", "memory": "uqz"}
+    elif other == "int4 or uqz":
+        codec = "int4" if lossy != "int4" else "uqz"
+    with kvkeep.open(tmp_path, memory=0, disk="16MiB", codec=lossy) as cache:
+        assert cache.bind(LAYOUT).save(TOKENS, Blocks()) == 6
+    with kvkeep.open(tmp_path, memory="2MiB", disk="16MiB", codec=codec) as cache:
+        bound = cache.bind(cache.bind(LAYOUT).layout or LAYOUT)
+        assert load(bound) == []
+        assert bound.save(TOKENS, Blocks()) == 6
+        if other in (None, "raw"):
+            assert load(bound) == ALL_RIGHT
+    with kvkeep.open(tmp_path, memory=0, disk="16MiB", codec={"disk": lossy}) as cache:
+        bound, got = cache.bind(LAYOUT), Kept()
+        with bound.lease(bound.match(TOKENS)) as lease:
+            bound.load(lease, got)
+        assert got.blocks == once(lossy)
+        assert bound.save(TOKENS, Blocks()) == 0
 
 
 @pytest.mark.parametrize(("first", "second"), [("raw", "lossless"), ("lossless", "raw")])

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -121,6 +122,31 @@ def test_what_cannot_be_coded_is_kept_as_it_is(which: None, name: str, first: bo
             assert got.tobytes()[:4] == values.tobytes()[:4]
         else:
             assert got.tobytes() == values.tobytes()
+
+
+@pytest.mark.parametrize("name", LOSSY)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("tokens", [64, 256])
+def test_large_values_stay_finite(which: None, name: str, dtype: str, tokens: int) -> None:
+    """Sums of their squares would not fit into a float."""
+    of = layout(dtype, tokens, (1, 1, 256, 256))
+    signs = np.random.default_rng(4).choice(np.array([-1, 1], np.float32), of.block_nbytes // of.np_dtype.itemsize)
+    for exponent in range(40, 128):
+        block = as_dtype(signs * np.float32(2.0**exponent), dtype)
+        got = floats(decoded(make(name), make(name).encode(block, of), of), dtype)
+        assert np.isfinite(got).all(), exponent
+        assert got.tobytes() == floats(block, dtype).tobytes() or exponent <= 48
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_no_block_grows(which: None, name: str) -> None:
+    for tokens, heads, dims in itertools.product((1, 2, 5, 33), (1, 3), ((256, 256), (33, 1), (1, 0), (3, 2))):
+        of = layout("float16", tokens, (1, heads, *dims))
+        block, codec = gaussian(of), make(name)
+        for stored in (codec.encode(block, of), codec.encode_first(block, of)):
+            assert memoryview(stored).nbytes <= 8 + of.block_nbytes
+            if bytes(stored)[0] == 0:
+                assert decoded(codec, stored, of) == block
 
 
 @pytest.mark.parametrize("name", EVERY)

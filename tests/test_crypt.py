@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,6 +121,24 @@ def test_no_key(wrong: bytes) -> None:
         parse_key(wrong, "the file")
     if wrong:
         assert wrong.decode("latin-1") not in str(caught.value)
+
+
+def test_a_key_comes_through_a_pipe_and_one_without_a_writer_is_no_key(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ConfigError, match="holds no key"):
+        open_cipher(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(KEY,))  # waits for a reader
+    writer.start()
+    time.sleep(0.1)
+    assert open_cipher(f"file:{pipe}") is not None
+    writer.join()
+    end, other = os.pipe()  # as of <(command) in a shell, which may take its time
+    late = threading.Timer(0.2, lambda: (os.write(other, KEY), os.close(other)))
+    late.start()
+    assert open_cipher(f"/dev/fd/{end}") is not None
+    late.join()
+    os.close(end)
 
 
 def test_errors_name_the_source_and_quote_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

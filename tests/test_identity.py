@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from dataclasses import fields, replace
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvkeep.errors import LayoutError
-from kvkeep.identity import ModelIdentity, derive
+from kvkeep.identity import ModelIdentity, derive, tenant_of
 
 BASE = ModelIdentity("ab" * 32, "bfloat16")
 CHANGES: dict[str, list[Any]] = {
@@ -20,7 +21,9 @@ CHANGES: dict[str, list[Any]] = {
     "adapters": [("aa",), ("aa", "bb"), ("bb", "aa"), ("aabb",), ("",), ("", "")],
     "rope": ["theta=10000", "theta=1000000"],
     "numerics": ["sliding_window=4096", "theta=10000"],
-    "namespace": [b"tenant a", b"tenant b", b"\0" * 65],
+    # HMAC alone takes the first two for one key, and the last two.
+    "lossy": [("uqz",), ("int8", "uqz"), ("int8uqz",), ("aa",)],
+    "namespace": [b"tenant a", b"tenant a\0", b"\0", b"L" * 65, hashlib.sha256(b"L" * 65).digest()],
 }
 
 
@@ -54,6 +57,12 @@ def test_the_namespace_is_not_shown() -> None:
         assert "do not print me" not in text
         assert secret.hex() not in text
     assert secret not in identity.digest
+
+
+def test_tenants_differ_by_their_secret_and_nothing_else() -> None:
+    secrets: list[bytes] = [b"", *CHANGES["namespace"]]
+    assert len({tenant_of(secret) for secret in secrets}) == len(secrets)
+    assert tenant_of(b"") == b""
 
 
 def test_weights_are_needed() -> None:

@@ -74,7 +74,14 @@ SHARED |= {"policies.queue", "policies.ranking", "policies.survival", "policies.
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "torch": ("engines", "testing.vllm_offload", "cli.measure", "cli.losses", "cli.smollm2"),
     "transformers": ("engines.transformers", "cli.measure", "cli.losses", "cli.smollm2"),
-    "huggingface_hub": ("engines.transformers", "engines.weights", "engines.vllm", "cli.demo", "cli.measure"),
+    "huggingface_hub": (
+        "engines.transformers",
+        "engines.weights",
+        "engines.vllm",
+        "cli.demo",
+        "cli.measure",
+        "cli.losses",
+    ),
     "vllm": ("engines.vllm", "testing.vllm_offload"),
     "prometheus_client": ("engines.vllm",),
     "openai": ("cli",),

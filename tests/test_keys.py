@@ -52,7 +52,9 @@ def derive(secret, purpose, parts):
 def keys(case):
     i, l = case["identity"], case["layout"]
     fields = [i["weights"], i["kv_dtype"], i["rope"], i["numerics"]] + i["adapters"]
-    identity = derive(bytes.fromhex(i["namespace"]), b"kvkeep identity 1", [f.encode() for f in fields])
+    namespace = bytes.fromhex(i["namespace"])
+    tenant = hashlib.sha256(namespace).digest() if namespace else b""
+    identity = derive(tenant, b"kvkeep identity 1", [f.encode() for f in fields])
     head = "%s %d %d" % (l["dtype"], l["block_tokens"], l["num_shards"])
     shape = [",".join(map(str, g)).encode() for g in l["groups"]]
     fingerprint = derive(b"", b"kvkeep layout 1", [identity, head.encode()] + shape)

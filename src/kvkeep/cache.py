@@ -161,17 +161,20 @@ class KVCache(ValueFace):
         """The same tiers for blocks of ``layout``; ``description`` is what ``kvkeep stats`` calls the model.
 
         Of what is saved through caches of different ``priority``, the lower goes first, whatever the policy. A cache
-        of a ``namespace`` gives it to a layout that has none: whoever builds a layout need not think of tenants. Raises
-        :class:`ConfigError` for a layout of another namespace, and for a lossy codec that is measured to cost this
-        model more than ``max_kl``.
+        of a ``namespace`` gives it to a layout that has none, and every cache says which lossy codecs its tiers have:
+        whoever builds a layout need not think of either. Blocks that may be lossy thus have names of their own, under
+        which only caches with the same lossy codecs find them. Raises :class:`ConfigError` for a layout of another
+        namespace, and for a lossy codec that is measured to cost this model more than ``max_kl``.
         """
-        if self.namespace and layout.identity.namespace != self.namespace:
-            if layout.identity.namespace:
-                raise ConfigError("this layout's identity has another namespace than the cache that it is bound to")
-            layout = replace(layout, identity=replace(layout.identity, namespace=self.namespace))
+        given = layout.identity
+        if self.namespace and given.namespace not in (b"", self.namespace):
+            raise ConfigError("this layout's identity has another namespace than the cache that it is bound to")
+        lossy = tuple(sorted({tier.codec.name for tier in self.store.tiers if not tier.codec.lossless}))
+        identity = replace(given, namespace=self.namespace or given.namespace, lossy=lossy)
+        if identity != given:
+            layout = replace(layout, identity=identity)
         if self.max_kl is not None:
-            lossy = {tier.codec.name for tier in self.store.tiers if not tier.codec.lossless}
-            quality.check(self.directory or quality.DEFAULT_DIR, layout.identity, sorted(lossy), self.max_kl)
+            quality.check(self.directory or quality.DEFAULT_DIR, identity, lossy, self.max_kl)
         if self.directory is not None:
             labels.note(self.directory, layout, description, self.store.cipher)
         bound = copy.copy(self)

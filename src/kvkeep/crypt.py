@@ -22,7 +22,7 @@ from kvkeep import frame, secret
 from kvkeep.buffers import Buffer, as_bytes
 from kvkeep.errors import ConfigError, FrameError
 from kvkeep.frame import TAG_NBYTES, Header
-from kvkeep.identity import derive
+from kvkeep.identity import derive, key_of
 from kvkeep.keys import BlockKey
 from kvkeep.layout import KVLayout
 
@@ -159,7 +159,7 @@ class Cipher:
                 raise FrameError("locked", f"encrypted with key {key_id.hex()}, which is not among those given")
             if len(self._reading) >= _READ_KEYS:
                 self._reading.clear()
-            secret = derive(namespace, b"kvkeep encryption 1", ())
+            secret = derive(key_of(namespace), b"kvkeep encryption 1", ())
             aead = self._reading[wanted] = self._aead(_expand(key + secret, salt, purpose, KEY_NBYTES))
         return aead
 

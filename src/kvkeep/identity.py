@@ -24,6 +24,7 @@ class ModelIdentity:
     ``kv_dtype``: of the values handed over (``"bfloat16"``…), which can differ from the weights'.
     ``numerics``: whatever else changes values: sliding window, quantization of the weights, attention variant.
     ``namespace``: the tenant's secret. It keys an HMAC and is never stored, printed or sent.
+    ``lossy``: the codecs that the values may have been through since. A cache knows, and says so when it is bound.
     """
 
     weights: str
@@ -32,6 +33,7 @@ class ModelIdentity:
     rope: str = ""
     numerics: str = ""
     namespace: bytes = field(default=b"", repr=False)
+    lossy: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.weights:
@@ -41,7 +43,8 @@ class ModelIdentity:
     def digest(self) -> bytes:
         """32 bytes that stand for this identity; without the namespace's secret nobody can compute them."""
         fields = (self.weights, self.kv_dtype, self.rope, self.numerics, *self.adapters)
-        return derive(self.namespace, b"kvkeep identity 1", (text.encode() for text in fields))
+        exact = derive(key_of(self.namespace), b"kvkeep identity 1", (text.encode() for text in fields))
+        return derive(exact, b"kvkeep lossy 1", (name.encode() for name in self.lossy)) if self.lossy else exact
 
     @property
     def tenant(self) -> bytes:
@@ -51,15 +54,21 @@ class ModelIdentity:
 
 def tenant_of(namespace: bytes) -> bytes:
     """What marks the blocks of ``namespace``: see :attr:`ModelIdentity.tenant`."""
-    return derive(namespace, b"kvkeep tenant 1", ())[:16] if namespace else b""
+    return derive(key_of(namespace), b"kvkeep tenant 1", ())[:16] if namespace else b""
 
 
-def derive(secret: bytes, purpose: bytes, parts: Iterable[bytes]) -> bytes:
-    """HMAC-SHA-256 of length-prefixed ``parts`` under ``secret``, separated by ``purpose``.
+def key_of(namespace: bytes) -> bytes:
+    """A tenant's secret as a key of :func:`derive`: 32 bytes, or none without a namespace. HMAC itself fills short keys
+    up with zeros and hashes long ones, so that some secrets would be one tenant."""
+    return hashlib.sha256(namespace).digest() if namespace else b""
+
+
+def derive(key: bytes, purpose: bytes, parts: Iterable[bytes]) -> bytes:
+    """HMAC-SHA-256 of length-prefixed ``parts`` under ``key``, 32 bytes or none, separated by ``purpose``.
 
     Lengths are part of the message, so ("ab", "c") and ("a", "bc") differ.
     """
-    mac = hmac.new(secret, digestmod=hashlib.sha256)
+    mac = hmac.new(key, digestmod=hashlib.sha256)
     for part in (purpose, *parts):
         mac.update(len(part).to_bytes(8, "little"))
         mac.update(part)

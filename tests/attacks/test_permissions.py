@@ -143,14 +143,17 @@ def test_a_link_in_place_of_a_log_that_is_being_made(tmp_path: Path) -> None:
     assert not any(entry.is_symlink() for entry in path.iterdir())
 
 
+@pytest.mark.parametrize("beside", ["", "-journal", "-wal", "-shm"])
 @pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "folder", "another user's"])
-def test_values_beside_what_was_planted(tmp_path: Path, kind: str) -> None:
-    """SQLite follows links and makes files for everybody to read, if it is let."""
+def test_values_beside_what_was_planted(tmp_path: Path, kind: str, beside: str) -> None:
+    """SQLite follows links, waits for a pipe's writer and makes files for everybody to read, if it is let."""
     outside = tmp_path / "outside"
     outside.write_bytes(b"precious" * 1000)
     path = tmp_path / "kept"
-    path.mkdir()
-    for file in (path / "values.sqlite", path / "claims.lock"):
+    with kvkeep.open(path, memory="4MiB", disk="16MiB") as cache:
+        assert cache.set_value("before", 1)
+    for file in (path / f"values.sqlite{beside}", path / "claims.lock"):
+        file.unlink(missing_ok=True)
         match kind:
             case "link":
                 file.symlink_to(outside)

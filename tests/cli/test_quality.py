@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,7 +93,7 @@ def test_a_table_for_people(tiny_model: Path, tmp_path: Path) -> None:
         (["--codecs", "uqs"], "did you mean 'uqz'"),
         (["--codecs", ","], "at least one codec"),
         (["--kv-dtype", "int3"], "bfloat16, float16 or float32"),
-        (["--texts", "/nowhere"], "/nowhere"),
+        (["--texts", "/nowhere"], "--texts /nowhere: No such file"),
         (["/no/model/here.gguf"], "there is no model at /no/model/here.gguf"),
     ],
 )
@@ -125,10 +127,43 @@ def test_texts_in_another_encoding_are_named(tmp_path: Path) -> None:
 
 
 def test_texts_that_are_too_short(tiny_model: Path, tmp_path: Path) -> None:
+    """Said before the weights are read, which takes a minute where they are large."""
     (tmp_path / "texts").write_text("Hello.")
-    status, _, err = run(str(tiny_model), "--texts", f"{tmp_path}/texts", "--out", f"{tmp_path}/out")
+    options = ["--texts", f"{tmp_path}/texts", "--out", f"{tmp_path}/out", "--dir", f"{tmp_path}/cache"]
+    status, _, err = run(str(tiny_model), *options)
     assert status == 2
-    assert "no text has" in err
+    assert "".join(f"--texts {tmp_path}/texts: no text has 128 tokens".split()) in "".join(err.split())
+    assert "loading the model" not in err
+
+
+@pytest.mark.model
+def test_without_a_network_the_hub_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    import transformers
+
+    asked = []
+
+    def fetch(*names: str) -> str:
+        asked.append(names)
+        raise huggingface_hub.errors.LocalEntryNotFoundError("check your connection")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", None)
+    status, _, err = run("no/such-model", "--out", f"{tmp_path}/out", "--dir", f"{tmp_path}/cache")
+    assert (status, asked) == (2, [("no/such-model", "config.json")])
+    assert "asking huggingface.co for no/such-model" in err
+    assert "no/such-model cannot be loaded: check your connection" in err
+
+
+@pytest.mark.model
+def test_no_bars_of_other_libraries(tmp_path: Path) -> None:
+    program = (
+        "from kvkeep.cli.losses import Model\n"
+        "try: Model('/no/model.gguf', 'float32', 1, print)\n"
+        "except Exception: from tqdm.auto import tqdm; list(tqdm(range(3), desc='De-quantizing'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def row(codec: str, bits: float, kl: float) -> Row:

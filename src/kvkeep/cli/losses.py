@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from kvkeep.opening import open as open_cache
 
 SHORTEST = 64
 """Tokens of the shortest prefix that says anything."""
+
+FOLLOWING = 64
+"""Tokens predicted after each prefix."""
 
 REPEATS = 3
 
@@ -60,10 +64,13 @@ class Prompt:
 
 
 class Model:
-    """A Transformers model and its tokenizer. Raises :class:`ConfigError` for what cannot be measured."""
+    """A Transformers model and its tokenizer, which is there first: what it says of the texts need not wait for the
+    weights. Raises :class:`ConfigError` for what cannot be measured."""
 
-    def __init__(self, name: str, kv_dtype: str, threads: int) -> None:
+    def __init__(self, name: str, kv_dtype: str, threads: int, progress: Progress) -> None:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read at import; Transformers' own switch spares GGUF's bars
         try:
+            import huggingface_hub
             import torch
             import transformers
         except ImportError as error:
@@ -74,16 +81,34 @@ class Model:
         if threads:
             torch.set_num_threads(threads)
         self.torch, self.new_cache = torch, transformers.DynamicCache
-        source, options = locate(name)
-        try:
-            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, **options)
-            auto: Any = transformers.AutoModelForCausalLM
-            self.model: Any = auto.from_pretrained(source, dtype=torch.float32, **options)
-        except (OSError, ValueError, KeyError) as error:
-            lines = str(error).splitlines() or [type(error).__name__]
-            raise ConfigError(f"{name} cannot be loaded: {lines[0]}") from error
+        self._auto: Any = transformers.AutoModelForCausalLM
+        self._name = name
+        self._source, self._options = locate(name)
+        with self._loading():
+            if not Path(self._source).exists():
+                # One question first: without a network the hub tries each of many files for half a minute.
+                progress(f"asking huggingface.co for {self._source}")
+                huggingface_hub.hf_hub_download(self._source, "config.json")
+            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(self._source, **self._options)
         self.kv_dtype = kv_dtype
         self._kv_type: Any = getattr(torch, kv_dtype)
+
+    def load(self) -> None:
+        """Read the weights, before anything else is asked than :meth:`count`."""
+        with self._loading():
+            self.model: Any = self._auto.from_pretrained(self._source, dtype=self.torch.float32, **self._options)
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, KeyError) as error:
+            lines = str(error).splitlines() or [type(error).__name__]
+            raise ConfigError(f"{self._name} cannot be loaded: {lines[0]}") from error
+
+    def count(self, text: str) -> int:
+        """Tokens of ``text``."""
+        return len(self.tokenizer(text).input_ids)
 
     def identity(self) -> ModelIdentity:
         from kvkeep.engines.transformers import describe
@@ -108,10 +133,10 @@ class Model:
             groups.append(one)
         return KVLayout(identity, tuple(groups), self.kv_dtype, block_tokens)
 
-    def prompt(self, text: str, layout: KVLayout, tokens: int, following: int) -> Prompt | None:
+    def prompt(self, text: str, layout: KVLayout, tokens: int) -> Prompt | None:
         """Read ``text``'s first ``tokens`` tokens; None where it is too short."""
-        ids = self.tokenizer(text, return_tensors="pt").input_ids[:, : tokens + following]
-        length = ids.shape[1] - following
+        ids = self.tokenizer(text, return_tensors="pt").input_ids[:, : tokens + FOLLOWING]
+        length = ids.shape[1] - FOLLOWING
         count = length // layout.block_tokens
         if length < SHORTEST or not count:
             return None
@@ -180,7 +205,6 @@ def measure(
     codecs: list[str],
     *,
     tokens: int,
-    following: int,
     greedy: int,
     remote: str | None,
     progress: Progress,
@@ -194,7 +218,7 @@ def measure(
     for number, text in enumerate(texts, 1):
         progress(f"prompt {number} of {len(texts)}: reading")
         # Prompts of different lengths: a half, two thirds, … of `tokens`.
-        prompt = model.prompt(text, layout, tokens * (2 + number % 3) // 4, following)
+        prompt = model.prompt(text, layout, tokens * (2 + number % 3) // 4)
         if prompt is None:
             continue
         blocks_seen.append(prompt.blocks)
@@ -222,7 +246,10 @@ def measure(
                 same = (row == written[0]).long().cumprod(0).sum()
                 losses[name].greedy.append(int(same))
     if not blocks_seen:
-        raise ConfigError(f"no text has {SHORTEST + following} tokens and a whole block of {layout.block_tokens}")
+        raise ConfigError(
+            f"no text has {SHORTEST + FOLLOWING} tokens and a whole block of {layout.block_tokens}:"
+            " give longer ones with --texts"
+        )
     raw = sum(blocks.nbytes for blocks in blocks_seen)
     for name, loss in losses.items():
         loss.bits = stored_nbytes[name] / raw * 8 * layout.np_dtype.itemsize

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvkeep.cli.directory import fail
+from kvkeep.errors import ConfigError, KVKeepError
 
 if TYPE_CHECKING:
     from kvkeep.cli.losses import Loss
@@ -157,6 +158,15 @@ def draw(rows: list[Row], title: str, max_kl: float, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def _read(texts: Path) -> list[str]:
+    try:
+        return texts.read_text(encoding="utf-8").split("\f")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--texts {texts}: not a text in UTF-8 (byte {error.start})") from error
+    except OSError as error:
+        raise ConfigError(f"--texts {texts}: {error.strerror}") from error
+
+
 def quality(
     model: Annotated[
         str, typer.Argument(help=f"A Transformers model id, a folder, or a .gguf file. Default: {MODEL}.")
@@ -190,7 +200,6 @@ def quality(
     from kvkeep import quality as reports
     from kvkeep.cli import losses
     from kvkeep.codecs import kernels
-    from kvkeep.errors import KVKeepError
 
     errors = Console(stderr=True)
     name = model or MODEL
@@ -203,7 +212,7 @@ def quality(
         configured = config.load()
         for each in names:
             registry.lookup("codecs", each)
-        prompts = list(losses.default_texts()) if texts is None else texts.read_text(encoding="utf-8").split("\f")
+        prompts = list(losses.default_texts()) if texts is None else _read(texts)
         # What cannot be written shall say so now, not after minutes of measuring.
         place = (directory or configured.dir).expanduser()
         reports.prepare(place)
@@ -212,20 +221,24 @@ def quality(
             made.open("ab").close()
             if not made.stat().st_size:
                 made.unlink()
-        with errors.status("loading the model", spinner="dots") as status:
+        with errors.status("loading the tokenizer", spinner="dots") as status:
 
             def progress(text: str) -> None:
                 status.update(text)
                 if not json_only and not errors.is_terminal:
                     errors.print(text, highlight=False)
 
+            loaded = losses.Model(model, kv_dtype, threads, progress)
+            least = max(losses.SHORTEST, block_tokens) + losses.FOLLOWING
+            if texts is not None and not any(loaded.count(text) >= least for text in prompts):
+                raise ConfigError(f"--texts {texts}: no text has {least} tokens")
             progress("loading the model")
             kernels.wait(60)
-            loaded = losses.Model(model, kv_dtype, threads)
+            loaded.load()
             identity = loaded.identity()
             layout = loaded.layout(identity, block_tokens)
             measured, count = losses.measure(
-                loaded, layout, prompts, names, tokens=tokens, following=64, greedy=greedy, remote=configured.remote,
+                loaded, layout, prompts, names, tokens=tokens, greedy=greedy, remote=configured.remote,
                 progress=progress,
             )  # fmt: skip
         rows = tabulate(measured, layout)
@@ -241,8 +254,6 @@ def quality(
         advice = advise(rows, max_kl, 8 * layout.np_dtype.itemsize)
         whole = {**report, "codecs": [asdict(row) for row in rows], "max_kl": max_kl, "advice": advice}
         (out / "quality.json").write_text(json.dumps(whole, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    except UnicodeDecodeError as error:
-        fail(f"--texts {texts}: not a text in UTF-8 (byte {error.start})")
     except (KVKeepError, OSError) as error:
         fail(str(error))
     title = f"{Path(name).name}: {count} prompts, KV in {kv_dtype}, blocks of {layout.block_tokens} tokens"

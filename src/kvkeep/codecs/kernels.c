@@ -11,7 +11,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 8
-#define HUGE_BITS 0x5d800000 /* 2^60: what is larger, infinite or NaN is not coded */
+#define HUGE_BITS 0x57800000 /* 2^48: what is larger, infinite or NaN is not coded, so 2^28 squares have a finite sum */
 #define TINY_BITS 0x21800000 /* 2^-60: the smallest step */
 #define GROUP 32             /* int4: values that share a step */
 

@@ -9,7 +9,7 @@ Arguments of the functions:
 - ``x``: a layer group's values, flat, as :class:`~kvkeep.codecs.values.Shape` says; ``dtype`` their type.
 - ``stored``: bytes of the group in the codec's form, little-endian.
 - ``skip``: the first tokens, which the codec keeps exactly and leaves out of its scales.
-- ``*_encode`` returns False for what it cannot code: a value that is not finite, or above 2^60.
+- ``*_encode`` returns False for what it cannot code: a value that is not finite, or above 2^48.
 
 Forms. A *level* is how far a scale lies below its *top*, in floats cut to one bit of mantissa (``int8``'s keys: half
 octaves, 4 bits) or three (8 bits).

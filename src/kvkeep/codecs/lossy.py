@@ -2,8 +2,8 @@
 
 Stored form: eight bytes (the mode, then zeros), then by mode
 
-- 0: the block as it is. For types of one byte (the engine's own fp8), values that are not finite or beyond 2^60, and
-  blocks that would consist of exact tokens only.
+- 0: the block as it is. For types of one byte (the engine's own fp8), values that are not finite or beyond 2^48,
+  blocks that would consist of exact tokens only, and those that coding makes no smaller.
 - 1: the codec's own form.
 - 2: the same, then the block's first tokens as they are: of each layer group the keys, then the values,
   ``[layers, heads, tokens, dim]``. For the first block of a sequence: attention leans on its first tokens (the *sink*),
@@ -62,7 +62,9 @@ class Lossy(Codec):
         if layout.dtype in FLOATS and skip < layout.block_tokens:
             first = b"".join(part.tobytes() for part in first_tokens(view, layout, skip)) if skip else b""
             coded = self.code(view, layout, skip, _head(CODED_WITH_FIRST if skip else CODED), first)
-        return b"".join([_head(AS_IS), view]) if coded is None else coded
+        if coded is None or memoryview(coded).nbytes >= HEAD_NBYTES + len(view):
+            return b"".join([_head(AS_IS), view])
+        return coded
 
     def decode(self, data: Buffer, layout: KVLayout, out: memoryview) -> None:
         view = as_bytes(data)

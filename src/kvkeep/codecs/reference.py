@@ -20,7 +20,7 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
 LANES = 8
-HUGE_BITS = 0x5D800000  # 2^60: what is larger, infinite or NaN is not coded
+HUGE_BITS = 0x57800000  # 2^48: what is larger, infinite or NaN is not coded, so 2^28 squares have a finite sum
 TINY_BITS = 0x21800000  # 2^-60: the smallest step
 GROUP = 32  # int4: values that share a step
 

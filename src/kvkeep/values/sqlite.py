@@ -24,6 +24,8 @@ from kvkeep.values.index import Found, Index, Item, Usage
 T = TypeVar("T")
 
 FILE = "values.sqlite"
+BESIDE = ("", "-journal", "-wal", "-shm")
+"""The file's own name ends in the first, what SQLite keeps beside it in the others."""
 PAGE_NBYTES = 4096
 MIN_PAGES = 24
 BUSY_SECONDS = 0.5
@@ -211,7 +213,7 @@ class SqliteIndex(Index):
     def _damaged(self, error: Exception) -> StoreError:
         """Make the file anew, the next time; what to raise."""
         self._drop()
-        for suffix in ("", "-wal", "-shm"):
+        for suffix in BESIDE:
             with suppress(OSError):
                 os.unlink(f"{self._path}{suffix}")
         return StoreError(f"{self._path} was damaged and is made anew: {error}", cause="garbage")
@@ -275,8 +277,13 @@ class SqliteIndex(Index):
         return self._connection
 
     def _make(self) -> None:
-        """The file, 0600, if it is not there. SQLite follows links, and would make it for everybody to read."""
+        """The file, 0600, if it is not there. SQLite follows links, waits for a pipe's writer, and would make the file
+        for everybody to read."""
         make_directory(self._path.parent)
+        for suffix in BESIDE:
+            there = _status(Path(f"{self._path}{suffix}"))
+            if there is not None and not (stat.S_ISREG(there.st_mode) and there.st_uid == os.geteuid()):
+                raise StoreError(f"{self._path}{suffix} is no file of this user")
         status = _status(self._path)
         if status is None:
             # Made beside its place: closing the file itself would give up the locks of this process' connections to it.
@@ -286,8 +293,6 @@ class SqliteIndex(Index):
             with suppress(FileExistsError):
                 os.link(made, self._path)
             made.unlink()
-        elif not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-            raise StoreError(f"{self._path} is no file of this user")
         elif status.st_mode & 0o077:
             self._path.chmod(0o600)
 
