@@ -15,7 +15,7 @@ import pytest
 
 import kvkeep
 from blocks import LAYOUT, Sink, Source
-from kvkeep import KVLayout, tiered
+from kvkeep import KVLayout, tiered, writing
 from kvkeep.codecs.raw import Raw
 from kvkeep.errors import ConfigError
 from kvkeep.events import Counters
@@ -245,7 +245,7 @@ def test_a_prompt_larger_than_memory_reaches_the_disk_whole(
 def test_a_prompt_larger_than_the_disk_keeps_its_beginning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
-    monkeypatch.setattr(tiered, "BATCH_NBYTES", 4 * LAYOUT.block_nbytes)
+    monkeypatch.setattr(writing, "BATCH_NBYTES", 4 * LAYOUT.block_nbytes)
     tokens = list(range(16 * 600))
     with kvkeep.open(tmp_path, memory="64MiB", disk="2MiB", policy=policy, codec="raw") as root:
         cache = root.bind(LAYOUT)
