@@ -233,7 +233,7 @@ def test_a_prompt_larger_than_memory_reaches_the_disk_whole(
         return write(self, items)
 
     monkeypatch.setattr(DiskStore, "put_many", slowly)
-    monkeypatch.setattr(tiered, "BATCH_NBYTES", 1)
+    monkeypatch.setattr(writing, "BATCH_NBYTES", 1)
     with kvkeep.open(tmp_path, memory=memory, disk="8MiB") as root:
         assert root.bind(LAYOUT).save(TOKENS, Source(TOKENS), patience=10) == 20
         assert root.counters.count("dropped") == 0

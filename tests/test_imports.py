@@ -68,7 +68,14 @@ SHARED = {
     "engines.weights",
 }
 SHARED |= {f"codecs.{part}" for part in ("values", "kernels", "reference", "compiled", "entropy", "lossy")}
-SHARED |= {"policies.queue", "policies.ranking", "policies.survival", "policies.turns"}
+SHARED |= {
+    "policies.queue",
+    "policies.ranking",
+    "policies.survival",
+    "policies.turns",
+    "policies.lru",
+    "policies.shadow",
+}
 """Parts of one implementation, or of several, in a file of their own."""
 
 ONLY_IN: dict[str, tuple[str, ...]] = {

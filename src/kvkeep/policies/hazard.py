@@ -10,8 +10,9 @@ What several conversations begin with (a system prompt, a document) is used by e
 none of them goes on. So such a beginning has turns of its own, one for each use, and learns apart from conversations.
 
 Victims are leaves: a block goes after those that follow it. A leaf older than nearly all reuses that were seen goes
-before all others (so that it is never much worse than LRU). A new block that is worth less than the victim it would
-need is not admitted; if that is still young, it has to be worth clearly more.
+before all others. A new block that is worth less than the victim it would need is not admitted; if that is still young,
+it has to be worth clearly more. While LRU finds more (:mod:`~kvkeep.policies.shadow`), the oldest leaf goes, and all is
+admitted.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import ClassVar, NamedTuple
 
 from kvkeep.keys import BlockKey
 from kvkeep.policies.base import Access, Allowed, EvictionPolicy
+from kvkeep.policies.shadow import Shadow
 from kvkeep.policies.turns import Turn, Turns
 
 BRANCHES = 3
@@ -57,6 +59,7 @@ class Hazard(EvictionPolicy):
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
         self._turns = Turns()
+        self._lru = Shadow(capacity)
         self._blocks: dict[BlockKey, _Block] = {}
         self._children: dict[BlockKey, int] = {}  # how many resident ones a block has
         self._leaves: dict[int, list[_Leaf]] = {}
@@ -68,7 +71,7 @@ class Hazard(EvictionPolicy):
         self._current_at = 0.0  # when that came, or came again to store what was missing
         self._tip: BlockKey | None = None  # the last resident block of the request that is being admitted
         self._now = 0.0
-        self._used = self._promised = self._inserted = 0
+        self._used = self._promised = self._inserted = self._block_nbytes = 0
         self._evicted = False  # was that the last removal, so that there is no more room than for …
         self._most = 0  # … the most bytes since then? (A medium has room for a little less than its capacity.)
 
@@ -76,7 +79,9 @@ class Hazard(EvictionPolicy):
 
     def admit(self, key: BlockKey, nbytes: int, access: Access) -> bool:
         turn = self._request(key, access)
-        if self._is_full(nbytes):
+        self._block_nbytes = nbytes
+        self._lru.missed(key, nbytes, access, self._room)
+        if self._used + self._promised + nbytes > self._room and not self._lru.followed:
             tip = self._tip
             victim = self.victim(lambda candidate: candidate != tip)
             if victim is not None:
@@ -84,6 +89,7 @@ class Hazard(EvictionPolicy):
                 worth = turn.worth(turn.now) * (NEWCOMER if held.waits(self._now) else 1.0)
                 if worth < held.worth(self._now):
                     self._turns.haunt(turn, key)
+                    self._lru.refused(key, nbytes, access, self._room)
                     return False
         self._promised += nbytes
         return True
@@ -91,6 +97,7 @@ class Hazard(EvictionPolicy):
     def insert(self, key: BlockKey, nbytes: int, access: Access) -> None:
         turn = self._request(key, access)
         self._turns.forget(key)
+        self._lru.store(key, nbytes, access, self._room)
         self._promised = max(0, self._promised - nbytes)
         self._used += nbytes
         self._most = max(self._most, self._used)
@@ -104,6 +111,7 @@ class Hazard(EvictionPolicy):
     def touch(self, key: BlockKey, access: Access) -> None:
         block = self._blocks[key]
         turn = self._request(key, access)
+        self._lru.found(key, block.nbytes, access, self._room)
         parent = block.parent
         if parent is None and access.parent is not None:  # a restart found it, without saying what it follows
             parent = access.parent
@@ -120,6 +128,8 @@ class Hazard(EvictionPolicy):
             if not self._evicted:
                 self._most = self._used
             self._turns.haunt(block.turn, key)
+        else:
+            self._lru.gone(key)
         self._evicted = evicted
         self._used -= block.nbytes
         parent = block.parent
@@ -160,9 +170,9 @@ class Hazard(EvictionPolicy):
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def _is_full(self, nbytes: int) -> bool:
-        needed = self._used + self._promised + nbytes
-        return needed > self.capacity or (self._evicted and needed > self._most)
+    @property
+    def _room(self) -> int:
+        return min(self.capacity, self._most) if self._evicted else self.capacity
 
     # Leaves by index
 
@@ -185,7 +195,7 @@ class Hazard(EvictionPolicy):
                 self._move(each, turn.heap)
         heappush(heap, leaf)
         if heap[0] is leaf and self._ranked_at == self._now:
-            heappush(self._ranked, (turn.worth(self._now), leaf, turn.heap))
+            heappush(self._ranked, (self._rank_of(turn), leaf, turn.heap))
 
     def _rank(self) -> None:
         self._wanted = True
@@ -211,7 +221,7 @@ class Hazard(EvictionPolicy):
         while heap:
             leaf = heap[0]
             if self._holds(leaf, kind):
-                heappush(self._ranked, (self._blocks[leaf[-1]].turn.worth(self._now), leaf, kind))
+                heappush(self._ranked, (self._rank_of(self._blocks[leaf[-1]].turn), leaf, kind))
                 return
             heappop(heap)
             self._move(leaf, kind)
@@ -221,6 +231,9 @@ class Hazard(EvictionPolicy):
         block = self._blocks.get(leaf[-1])
         if block is not None and block.turn.heap != kind and self._holds(leaf, block.turn.heap):
             self._offer(leaf, block.turn)
+
+    def _rank_of(self, turn: Turn) -> float:
+        return 0.0 if self._lru.followed else turn.worth(self._now)
 
     # Which turn a request is
 
@@ -283,6 +296,8 @@ class Hazard(EvictionPolicy):
 
     def _begin(self, access: Access) -> Turn:
         self._now = max(self._now, access.now)
+        if self._lru.judge(self._block_nbytes):
+            self._ranked_at = -1.0
         if self._requests % REFRESH == 0:
             self._turns.age(self._now)
             self._due = True
