@@ -267,3 +267,40 @@ def test_hazard_refuses_also_where_the_medium_has_room_for_less_than_its_capacit
         stored.append(owner.stored)
     assert stored[0] < trace.accesses // 3
     assert stored[1] == pytest.approx(stored[0], rel=0.02)
+
+
+def chats(requests: int = 4_000, *, seed: int = 1) -> Trace:
+    """Conversations that end at random, whose pauses say nothing about the next one."""
+    numbers = random.Random(seed)
+    found: list[tuple[float, list[bytes]]] = []
+    begins = 0.0
+    while len(found) < requests:
+        begins += numbers.expovariate(1.5)
+        now, prompt = begins, [numbers.randbytes(32) for _ in range(numbers.randint(1, 20))]
+        found.append((now, list(prompt)))
+        while numbers.random() < 0.5:
+            now += numbers.lognormvariate(4, 0.8)
+            prompt += [numbers.randbytes(32) for _ in range(numbers.randint(1, 6))]
+            found.append((now, list(prompt)))
+    found.sort(key=lambda one: one[0])
+    return Trace("chats", 1, [Request(now, tuple(map(BlockKey, keys)), len(keys)) for now, keys in found])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2])
+@pytest.mark.parametrize("unit", [0.001, 0.0])
+def test_hazard_follows_lru_where_times_say_nothing(unit: float, share: float) -> None:
+    """They are in the wrong unit, or there are none. It was up to 43 points below."""
+    whole = chats()
+    trace = Trace(whole.name, 1, [request._replace(now=request.now * unit) for request in whole.requests])
+    capacity = int(share * trace.unique_blocks)
+    lru, hazard = (share_of_hits(trace, Owner(policy(capacity), capacity)) for policy in (LRU, Hazard))
+    assert hazard > lru - 0.02
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2])
+def test_hazard_follows_lru_where_agents_have_no_times(share: float) -> None:
+    whole = read(TRACES / "agent_iso_A_256.jsonl.gz")
+    trace = Trace("agents", 1, [request._replace(now=0.0) for request in whole.requests[:1_500]])
+    capacity = int(share * trace.unique_blocks)
+    lru, hazard = (share_of_hits(trace, Owner(policy(capacity), capacity)) for policy in (LRU, Hazard))
+    assert hazard > lru - 0.02
