@@ -85,7 +85,8 @@ class KVKeepTier(SecondaryTierManager):
             self._cache: KVCache = found.open()
         layout = chunk_layout(vllm_config, offloading_spec.config, self.block_size_bytes, self._cache.namespace)
         self._cache = self._cache.bind(layout, description=f"{offloading_spec.config.model.name} (vLLM offloading)")
-        self._layout = layout
+        assert self._cache.layout is not None
+        self._layout = self._cache.layout  # as bound: with what the cache adds to the identity
         # The view has two dimensions, and Python cannot slice such.
         self._rows = primary_kv_view.cast("B")
         self.locality = Locality.LOCAL if found.remote is None else Locality.REMOTE
