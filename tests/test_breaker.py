@@ -136,7 +136,7 @@ def test_what_a_server_missed_or_lost_reaches_it_when_it_is_found_in_memory(monk
         assert counters.count("dropped", tier="remote") == 8
         medium.inner = MemoryStore(8 << 20)  # an empty one in its place
         medium.heal()
-        assert wait_for(lambda: tiers[1].breaker.closed)
+        assert wait_for(lambda: tiers[1].breakers.medium.closed)
         for _ in range(2):
             ask(lost)
             ask(missed)

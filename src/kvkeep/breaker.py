@@ -84,10 +84,24 @@ class Breakers:
         self.medium = Breaker(name, observer)
         self.writes = Breaker(f"{name} (writes)", observer)
 
+    def watch(self, on_open: Callable[[], None]) -> None:
+        """Call ``on_open`` whenever one opens: somebody has to probe it then."""
+        self.medium.on_open = self.writes.on_open = on_open
+
+    @property
+    def outages(self) -> int:
+        """How many are over."""
+        return self.medium.outages + self.writes.outages
+
     @property
     def written(self) -> bool:
         """May it be written to?"""
         return self.medium.closed and self.writes.closed
 
     def failed(self, operation: str, error: StoreError) -> None:
+        """A write or a deletion did, or a claim."""
         (self.writes if error.cause in WRITES_ONLY else self.medium).failed(operation, error)
+
+    def probe(self, ping: Callable[[], None], ping_writes: Callable[[], None]) -> None:
+        self.medium.probe(ping)
+        self.writes.probe(ping_writes)

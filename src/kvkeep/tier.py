@@ -16,10 +16,10 @@ from itertools import takewhile
 
 from kvkeep import frame
 from kvkeep.admission import WriteRule
-from kvkeep.breaker import Breaker
+from kvkeep.breaker import Breakers
 from kvkeep.buffers import nbytes_of
 from kvkeep.codecs.base import Codec
-from kvkeep.errors import WRITES_ONLY, FrameError, StoreError, StoreFullError, ValueTooLargeError
+from kvkeep.errors import FrameError, StoreError, StoreFullError, ValueTooLargeError
 from kvkeep.events import Observer
 from kvkeep.keys import BlockKey
 from kvkeep.policies.base import Access, EvictionPolicy
@@ -80,8 +80,7 @@ class Tier:
         self._start()
 
     def _start(self) -> None:
-        self.breaker = Breaker(self.name, self._observer)
-        self.writing = Breaker(f"{self.name} (writes)", self._observer)
+        self.breakers = Breakers(self.name, self._observer)
         self._lock = threading.Lock()
         self._nbytes: dict[BlockKey, int] = {}  # the ledger: what the policies were told is resident
         self._policies: dict[_Group, EvictionPolicy] = {}  # one for each group, made when needed
@@ -124,12 +123,12 @@ class Tier:
 
     def contains_many(self, keys: Sequence[BlockKey]) -> list[bool]:
         """All no while the medium is out of order."""
-        if not self.breaker.closed:
+        if not self.breakers.medium.closed:
             return [False] * len(keys)
         try:
             there = self.store.contains_many(keys)
         except StoreError as error:
-            self.breaker.failed("a lookup", error)
+            self.breakers.medium.failed("a lookup", error)
             return [False] * len(keys)
         if self._hidden:
             there = [known and key not in self._hidden for key, known in zip(keys, there, strict=True)]
@@ -179,8 +178,8 @@ class Tier:
     def catch_up(self, found: Sequence[tuple[BlockKey, Access]]) -> list[tuple[BlockKey, Access]]:
         """Of what a request found in a faster tier, what may be missing here since an outage: dropped then, or gone
         with a server's memory. Each block is named once after an outage."""
-        outages = self.breaker.outages + self.writing.outages
-        if not outages or not (self.breaker.closed and self.writing.closed):
+        outages = self.breakers.outages
+        if not outages or not self.breakers.written:
             return []
         with self._lock:
             if outages != self._outages or len(self._caught_up) > MAX_CAUGHT_UP:
@@ -225,11 +224,11 @@ class Tier:
         self._spare([] if pin else pinned, accesses)
         cause = "unavailable"
         try:
-            if self.quota is not None and self.breaker.closed:
+            if self.quota is not None and self.breakers.medium.closed:
                 self._claim(items, accesses, claims)
                 items = items[: len(claims)]
                 cause = "quota" if len(items) < len(whole) else cause
-            while done < len(items) and self.breaker.closed and self.writing.closed:
+            while done < len(items) and self.breakers.written:
                 stored = self.store.put_many(items[done:])
                 with self._lock:
                     self._release(claims[done : done + stored])
@@ -248,7 +247,7 @@ class Tier:
                 self._too_small = True
                 log.warning("tier %s holds no block of this size, so it keeps none: %s; give it more", self.name, error)
         except StoreError as error:
-            self._failed("a write", error)
+            self.breakers.failed("a write", error)
             cause = error.cause
         finally:
             if claims[done:]:
@@ -268,7 +267,7 @@ class Tier:
         try:
             return self.store.delete(key)
         except StoreError as error:
-            self._failed("a deletion", error)
+            self.breakers.failed("a deletion", error)
             return False
 
     def hide(self, key: BlockKey, why: str) -> None:
@@ -296,8 +295,7 @@ class Tier:
     def maintain(self) -> bool:
         """From the background, about once a second: probe what failed, delete what is too old, keep house. Does the
         store want to be called again soon?"""
-        self.breaker.probe(self.store.ping)
-        self.writing.probe(self.store.ping_writes)
+        self.breakers.probe(self.store.ping, self.store.ping_writes)
         if self.ttl is not None:
             oldest = self._clock() - self.ttl
             with self._lock:
@@ -312,10 +310,6 @@ class Tier:
             self._observer.event("store_error", tier=self.name, cause=error.cause)
             log.warning("tier %s goes on: %s", self.name, error)
             return False
-
-    def _failed(self, operation: str, error: StoreError) -> None:
-        """A write or a deletion did."""
-        (self.writing if error.cause in WRITES_ONLY else self.breaker).failed(operation, error)
 
     def after_fork(self) -> None:
         self.store.after_fork()
@@ -361,7 +355,7 @@ class Tier:
         try:
             heads = self.store.heads(keys, frame.HEADER_NBYTES)
         except StoreError as error:
-            self.breaker.failed("a read", error)
+            self.breakers.medium.failed("a read", error)
             return
         access, tenants = Access(self._clock()), set()
         with self._lock:
@@ -380,7 +374,7 @@ class Tier:
             for tenant in tenants:
                 self._evict(self._spent[tenant] - (self.quota or 0), tenant)
         except StoreError as error:
-            self._failed("a deletion", error)
+            self.breakers.failed("a deletion", error)
 
     def _evict(self, nbytes: int, *tenant: bytes, most: float = math.inf) -> int:
         """Evict until at least ``nbytes`` have gone, if given only of one tenant, and of priorities up to ``most``; how

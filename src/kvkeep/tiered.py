@@ -198,7 +198,7 @@ class TieredStore:
         except FrameError as error:
             tier.refuse(key, error)
         except StoreError as error:
-            tier.breaker.failed("a read", error)
+            tier.breakers.medium.failed("a read", error)
         except ValueError:
             tier.refuse(key, FrameError("long", "more bytes than a frame of this layout can have"))
         return None
@@ -222,7 +222,7 @@ class TieredStore:
                 except FrameError as error:
                     tier.refuse(keys[at], error)
         except StoreError as error:
-            tier.breaker.failed("a read", error)
+            tier.breakers.medium.failed("a read", error)
         finally:
             nbytes = (at - span.start) * layout.block_nbytes
             self._observer.event("load", at - span.start, nbytes=nbytes, tier=tier.name)

@@ -45,7 +45,7 @@ class Writer:
     def reset(self) -> None:
         """An empty queue and no thread: at first, and in a forked child."""
         for tier in self._tiers:
-            tier.breaker.on_open = tier.writing.on_open = self.start  # somebody has to probe it
+            tier.breakers.watch(self.start)
         self._maintain_at = self._maintain_by = self._round_at = 0.0
         self._busy: list[Tier] = []  # those that have more housekeeping to do
         self._loads = 0  # under way
@@ -237,7 +237,7 @@ class Writer:
                     accesses.append(write.access)
                 stored = target.put_many(items, accesses)
         except StoreError as error:
-            source.breaker.failed("a read", error)
+            source.breakers.medium.failed("a read", error)
             return
         if target is self._tiers[0]:
             self._observer.event("promote", stored, tier=target.name)

@@ -260,7 +260,7 @@ def test_a_full_disk_is_not_back_before_a_write_works(
         (line,) = said
         assert "failed (full)" in line
         full.clear()
-        root.store.tiers[-1].writing._probe_at = 0.0
+        root.store.tiers[-1].breakers.writes._probe_at = 0.0
         root.store.tiers[-1].maintain()
         (line,) = said
         assert "is back" in line
@@ -286,7 +286,7 @@ def test_a_log_that_cannot_be_written(
         (line,) = said
         assert "failed (full)" in line
         monkeypatch.setattr(os, "pwrite", write)
-        root.store.tiers[-1].writing._probe_at = 0.0
+        root.store.tiers[-1].breakers.writes._probe_at = 0.0
         root.store.tiers[-1].maintain()
         turn(root, 5)
         assert found(root, 5) == 8
@@ -301,7 +301,7 @@ def test_a_directory_that_was_replaced_by_a_file_is_not_back(tmp_path: Path, sai
             turn(root, number)
         assert len(list(said)) == 2, "it is removed; it cannot be made anew"
         (tmp_path / "cache").unlink()
-        root.store.tiers[-1].breaker._probe_at = 0.0
+        root.store.tiers[-1].breakers.medium._probe_at = 0.0
         root.store.tiers[-1].maintain()
         assert [line.partition(": ")[2] for line in said] == ["is back"]
         turn(root, 7)

@@ -150,8 +150,8 @@ def test_values_larger_than_a_node_takes(caplog: pytest.LogCaptureFixture, monke
             assert root.bind(wide).save(big, Source(big, wide)) == 2
             assert root.flush(20)
             assert root.counters.count("dropped", tier="remote", cause="full") == 2
-            assert remote.breaker.closed, "it can be read"
-            wait_for(lambda: remote.writing.closed, "writes are never tried again")
+            assert remote.breakers.medium.closed, "it can be read"
+            wait_for(lambda: remote.breakers.writes.closed, "writes are never tried again")
             cache = root.bind(LAYOUT)
             assert cache.save(small, Source(small)) == 20
             assert root.flush(20)

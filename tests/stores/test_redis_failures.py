@@ -90,7 +90,7 @@ class Traffic:
 
     def well(self) -> bool:
         tiers = [cache.store.tiers[-1] for cache in self.caches]
-        return all(tier.breaker.closed and tier.writing.closed for tier in tiers)
+        return all(tier.breakers.written for tier in tiers)
 
     def works(self) -> bool:
         """Does what one saves now come to the other?"""

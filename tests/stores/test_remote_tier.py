@@ -69,7 +69,7 @@ def test_a_server_killed_and_back_is_never_in_the_way(tmp_path: Path) -> None:
         assert root.counters.count("store_error", tier="remote") == 1, "asked once, then left alone"
         server.start()
         tokens = [token + 9000 for token in TOKENS]
-        wait_for(lambda: root.store.tiers[1].breaker.closed, "the breaker stays open")
+        wait_for(lambda: root.store.tiers[1].breakers.medium.closed, "the breaker stays open")
         cache.save(tokens, Source(tokens))
         assert root.flush(20)
         wait_for(lambda: sum(root.store.tiers[1].contains_many(cache.match(tokens).keys)) == 20, "nothing was written")

@@ -103,7 +103,7 @@ class Values:
         self._observer = observer
         self._naming = naming(namespace)
         self._breakers = breakers
-        breakers.medium.on_open = breakers.writes.on_open = tiers.writer.start
+        breakers.watch(tiers.writer.start)
         self._pool = BufferPool()
         self._said_locked = False
         self._said_unkept: set[str] = set()  # types
@@ -453,7 +453,7 @@ class Values:
         first = self._tiers.tiers[0]
         for tier in self._tiers.tiers:
             # A server is not asked whether it has it: it will say when it is asked for the bytes.
-            if tier.contains_many([key])[0] if tier.owned else tier.breaker.closed:
+            if tier.contains_many([key])[0] if tier.owned else tier.breakers.medium.closed:
                 value = self._read(key, tier, layout)
                 if value is not None:
                     access = Access(time.time())
@@ -528,8 +528,7 @@ class Values:
 
     def _maintain(self) -> None:
         self._tell()
-        self._breakers.medium.probe(self.index.ping)
-        self._breakers.writes.probe(self.index.ping_writes)
+        self._breakers.probe(self.index.ping, self.index.ping_writes)
         self._forget(self._asked(self.index.maintain, "housekeeping") or [])
 
 

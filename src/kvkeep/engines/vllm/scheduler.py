@@ -75,7 +75,7 @@ class Index:
     def beyond(self, keys: Sequence[Sequence[BlockKey]]) -> Future[int] | None:
         """The same for a remote store, in the background."""
         far = self.far
-        if far is None or not far.tiers[0].breaker.closed:
+        if far is None or not far.tiers[0].breakers.medium.closed:
             return None
         return self._threads.submit(lambda: min(len(far.locate(of_shard)) for of_shard in keys))
 
